@@ -5,6 +5,7 @@ NumPy callers need no torch: it is looked at only where a caller already importe
 """
 import math
 import sys
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -73,10 +74,11 @@ def harm_score(hidden, weight, bias=0.0, *, index=None, gain=None, eps=None, tem
             got = tensor.layout if isinstance(tensor, _torch.Tensor) else type(tensor).__name__
             raise _wrong(name, "a dense torch tensor", got, "Convert it")
     if gain is not None:
-        _check_tensor("weight", weight, _torch.float32, (hidden.shape[-1],), hidden.device)
-        _check_tensor("gain", gain, _torch.float32, (hidden.shape[-1],), hidden.device)
+        d = hidden.shape[-1] if hidden.dim() else 0
+        _check_weight("weight", weight, d, hidden.device)
+        _check_weight("gain", gain, d, hidden.device)
         weight = weight * gain
-    values = _torch.ops.protector.harm_score(hidden, weight, bias, index, eps, temperature, output)
+    values = _operator(hidden, weight, bias, index, eps, temperature, output)
     return HarmScore(values, _torch_backend(hidden.device.type))
 
 
@@ -196,6 +198,8 @@ def _score_numpy(hidden, weight, bias, index, gain, eps, temperature, output):
 
 _torch = None  # the module, once its operator is registered
 _torch_library = None  # an operator lives as long as its Library object
+_operator = None  # torch.ops.protector.harm_score.default; finding it anew would cost a microsecond a call
+_TORCH_DTYPES = {}  # torch dtype -> its number in csrc/harm_score.h
 
 
 def register():
@@ -204,7 +208,7 @@ def register():
     Importing this module does it where torch came first, and the first tensor does it otherwise. Call it before
     torch.compile traces harm_score if neither has happened.
     """
-    global _torch, _torch_library
+    global _torch, _torch_library, _operator
     torch = sys.modules.get("torch")
     if _torch is not None or torch is None or not hasattr(torch, "library"):  # no library: torch is half imported
         return
@@ -215,7 +219,8 @@ def register():
     library.impl("harm_score", _score_torch, "CUDA")
     torch.library.register_fake("protector::harm_score", _score_fake, lib=library)
     torch.library.register_autograd("protector::harm_score", _no_backward, lib=library)
-    _torch, _torch_library = torch, library
+    _TORCH_DTYPES.update({torch.float32: _native.FP32, torch.float16: _native.FP16, torch.bfloat16: _native.BF16})
+    _torch, _torch_library, _operator = torch, library, torch.ops.protector.harm_score.default
 
 
 def _torch_backend(device_type):
@@ -224,24 +229,29 @@ def _torch_backend(device_type):
     return "cpp" if _native.LIBRARY is not None else "torch"
 
 
-def _check_tensor(name, tensor, dtype, shape, device):
+def _check_tensor(name, tensor, dtype, device):
     if tensor.dtype != dtype:
         raise _wrong(name, dtype, tensor.dtype, f"Call .to({dtype})")
     if tensor.device != device:
         raise _wrong(name, f"on {device} as hidden is", tensor.device, "Move it there")
-    if shape is not None and tuple(tensor.shape) != shape:
-        raise _wrong(name, shape, f"shape {tuple(tensor.shape)}", "Pass one number per column of hidden")
     if not tensor.is_contiguous():
         raise _wrong(name, "contiguous", f"stride {tensor.stride()}", "Call .contiguous() on it")
 
 
+def _check_weight(name, tensor, d, device):
+    if tensor.dim() != 1 or tensor.shape[0] != d:
+        raise _wrong(name, (d,), f"shape {tuple(tensor.shape)}", "Pass one number per column of hidden")
+    _check_tensor(name, tensor, _torch.float32, device)
+
+
 def _check_torch(hidden, weight, index):
-    if hidden.dtype not in (_torch.float32, _torch.float16, _torch.bfloat16):
+    if hidden.dtype not in _TORCH_DTYPES:
         raise _wrong("hidden", "float32, float16 or bfloat16", hidden.dtype, "Convert it")
+    shape, device = hidden.shape, hidden.device
     if index is not None:
-        _check_tensor("index", index, _torch.int64, None, hidden.device)
-    layout = _layout(hidden.shape, hidden.stride(), None if index is None else index.shape)
-    _check_tensor("weight", weight, _torch.float32, (hidden.shape[-1],), hidden.device)
+        _check_tensor("index", index, _torch.int64, device)
+    layout = _layout(shape, hidden.stride(), None if index is None else index.shape)
+    _check_weight("weight", weight, shape[-1], device)
     return layout
 
 
@@ -252,13 +262,16 @@ def _score_torch(hidden, weight, bias=0.0, index=None, eps=None, temperature=1.0
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= positions:
             raise _wrong("index", f"in [0, {positions})", f"[{low}, {high}]", "Count from the start, unpadded")
-    if _torch_backend(hidden.device.type) == "torch":
+    if on_cuda and not _native.HAS_CUDA or _native.LIBRARY is None:
+        if _native.LIBRARY is not None:  # Python shows a warning of one place once
+            warnings.warn("harm_score: protector/_kernels was built without CUDA, the PyTorch reference runs instead. "
+                          "Put nvcc on the PATH and run `pip install .`.", RuntimeWarning, stacklevel=1)
         return harm_score_ref(hidden, weight, bias, index=index, eps=eps, temperature=temperature, output=output)
-    values = hidden.new_empty(rows, dtype=_torch.float32)
+    values = _torch.empty(rows, dtype=_torch.float32, device=hidden.device)
     args = _native.Args(
         hidden.data_ptr(), None if index is None else index.data_ptr(), weight.data_ptr(), values.data_ptr(),
         rows, hidden.shape[-1], positions, batch_stride, row_stride, bias, -1 if eps is None else eps, temperature,
-        (_torch.float32, _torch.float16, _torch.bfloat16).index(hidden.dtype), output == "logit")
+        _TORCH_DTYPES[hidden.dtype], output == "logit")
     if on_cuda:
         stream = _torch.cuda.current_stream(hidden.device).cuda_stream
         _native.check(_native.LIBRARY.protector_harm_score_cuda(args, hidden.device.index, stream))

@@ -1,0 +1,265 @@
+"""Read, check, split, balance and fingerprint the training data.
+
+    pairs    (question, answer, label)         label 1 = harmful          -> detector
+    triples  (question, accepted, rejected)    the paper's data           -> detoxifier; as two pairs each, detector
+
+Layouts, recognised by content:
+    JSONL, .gz too   {"question","answer","label"} or, the paper's way, {"question","answer","h"} with h = 1 harmless
+                     {"question","accepted","rejected"}
+    PKU-SafeRLHF     {"prompt","response_0","response_1","is_response_0_safe","is_response_1_safe"}, a JSONL file,
+                     or "hub:PKU-Alignment/PKU-SafeRLHF" (the only path that uses the network, through `datasets`)
+    PyRIT            the wheel `pyrit-*.whl` or a folder with its human-scored CSVs
+    "own"            the rows that this package ships in protector/corpus/
+"""
+import csv
+import gzip
+import hashlib
+import io
+import json
+import random
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DataError
+
+MAX_TEXT_BYTES = 1 << 20  # a training text above this is a broken row, not an answer
+CORPUS = Path(__file__).parent / "corpus"
+_PYRIT_CSVS = "datasets/scorer_evals/harm/"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One labelled answer."""
+
+    question: str
+    answer: str
+    label: int  # 1 = harmful
+    source: str = ""
+    weight: float = 1.0  # of this row in the loss; below 1 for weak or relative labels
+
+
+@dataclass(frozen=True)
+class Triple:
+    """One question with an accepted (harmless) and a rejected (harmful) answer."""
+
+    question: str
+    accepted: str
+    rejected: str
+    source: str = ""
+    weight: float = 1.0
+
+
+def read(path):
+    """Every pair and triple in one file, folder or named source, in file order.
+
+    Args:
+        path: a file, a folder of PyRIT's CSVs, "own", or "hub:OWNER/NAME".
+    Returns:
+        (list of Pair, list of Triple)
+    Raises:
+        DataError: names the file, the row (from 1) and the rule that it breaks.
+    Example:
+        pairs, triples = read("own")
+    """
+    path = str(path)
+    if path == "own":
+        parts = [read(file) for file in sorted(CORPUS.glob("*.jsonl"))]
+        return sum((pairs for pairs, _ in parts), []), sum((triples for _, triples in parts), [])
+    if path.startswith("hub:"):
+        rows = enumerate(_hub_rows(path[4:]), 1)
+    elif not Path(path).exists():
+        raise DataError(f"read: path must be an existing file, got {path}. Check the path.")
+    elif path.endswith(".whl") or Path(path).is_dir():
+        rows = _pyrit_rows(Path(path))
+    else:
+        rows = _jsonl_rows(path)
+    pairs, triples = [], []
+    for number, row in rows:
+        try:
+            _sort(row, pairs, triples, Path(path).name.split(".")[0])
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"column {error} is missing" if isinstance(error, KeyError) else error
+            raise DataError(f"{path}, row {number}: {reason}") from None
+    if not pairs and not triples:
+        raise DataError(f"{path}: holds no rows. A data file has one JSON object per line.")
+    return pairs, triples
+
+
+def pairs_of(triples):
+    """Each triple as two pairs: the accepted answer is harmless, the rejected one harmful."""
+    return [Pair(t.question, answer, label, t.source, t.weight)
+            for t in triples for answer, label in ((t.accepted, 0), (t.rejected, 1))]
+
+
+def triples_of(pairs, most_per_question=2, seed=0):
+    """Pair each question's harmful answers with its harmless ones; questions that have only one kind give none."""
+    rng, by_question, triples = random.Random(seed), {}, []
+    for pair in pairs:
+        by_question.setdefault(_question_key(pair), ([], []))[pair.label].append(pair)
+    for harmless, harmful in by_question.values():
+        if harmless and harmful:
+            for _ in range(min(most_per_question, max(len(harmless), len(harmful)))):
+                good, bad = rng.choice(harmless), rng.choice(harmful)
+                triples.append(Triple(bad.question, good.answer, bad.answer, bad.source))
+    return triples
+
+
+def unique(rows):
+    """Rows without exact repeats, in order; a pair that stands with both labels is left out altogether."""
+    labels = {}
+    for row in rows:
+        labels.setdefault(_text_key(row), set()).add(getattr(row, "label", 0))
+    return list({_text_key(row): row for row in reversed(rows) if len(labels[_text_key(row)]) == 1}.values())[::-1]
+
+
+def split(rows, held_out=0.1, seed=0):
+    """Split by question, so that no question stands on both sides: (training rows, held-out rows).
+
+    A question's side depends on its text and the seed alone, not on the other rows.
+    """
+    sides = ([], [])
+    for row in rows:
+        digest = hashlib.sha256(f"{seed}\0{_question_key(row)}".encode("utf-8", "replace")).digest()
+        sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(row)
+    return sides
+
+
+def balance(rows, n, exponent=0.5, source_weights=None, seed=0):
+    """Draw n rows so that a question with many answers doesn't rule: P(row) ~ source weight / count(question)^exponent.
+
+    Systematic sampling: a row that is due k + f times comes k times, and once more with probability f.
+
+    Args:
+        exponent: 0 takes rows as they come, 1 gives every question the same share.
+        source_weights: {source: factor}, 1 where not named; 0 leaves a source out.
+    Returns:
+        list of n rows in random order.
+    """
+    source_weights = source_weights or {}
+    counts = Counter((row.source, _question_key(row)) for row in rows)
+    shares = [source_weights.get(row.source, 1.0) / counts[row.source, _question_key(row)] ** exponent for row in rows]
+    total = sum(shares)
+    if not total > 0:
+        raise DataError("balance: rows must have a positive share, got none. Check the source weights.")
+    rng = random.Random(seed)
+    order = list(range(len(rows)))
+    rng.shuffle(order)
+    drawn, due, at = [], 0.0, rng.random()
+    for i in order:
+        due += n * shares[i] / total
+        while at < due and len(drawn) < n:
+            drawn.append(rows[i])
+            at += 1
+    rng.shuffle(drawn)
+    return drawn
+
+
+def fingerprint(rows):
+    """sha256 of the rows, whatever their order: it says which data a model saw."""
+    digests = sorted(hashlib.sha256(repr(row).encode("utf-8", "replace")).digest() for row in rows)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _question_key(row):
+    # Answer-only rows have no question to share: each stands for itself.
+    return " ".join(row.question.lower().split()) or "\0" + (getattr(row, "answer", "") or row.rejected)
+
+
+def _text_key(row):
+    return (row.question, row.answer) if isinstance(row, Pair) else (row.question, row.accepted, row.rejected)
+
+
+def _sort(row, pairs, triples, name):
+    """Check one raw row and append it as Pair or Triple; KeyError, TypeError or ValueError say what is wrong."""
+    if not isinstance(row, dict):
+        raise ValueError("must be a JSON object")
+    if "prompt" in row and "response_0" in row:
+        prompt = _text(row, "prompt", empty=True)
+        # The paper's h: 1 = harmless. Flipped here and in `_label`, nowhere else.
+        answers = [(_text(row, f"response_{i}"), 1 - int(bool(row[f"is_response_{i}_safe"]))) for i in (0, 1)]
+        pairs += [Pair(prompt, answer, label, name) for answer, label in answers]
+        if answers[0][1] != answers[1][1]:
+            (good, _), (bad, _) = sorted(answers, key=lambda item: item[1])
+            triples.append(Triple(prompt, good, bad, name))
+        return
+    question = _text(row, "question", empty=True)
+    source, weight = str(row.get("source") or name), float(row.get("weight", 1.0))
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"weight must be a number >= 0, got {weight}")
+    if "rejected" in row:
+        triples.append(Triple(question, _text(row, "accepted"), _text(row, "rejected"), source, weight))
+    else:
+        pairs.append(Pair(question, _text(row, "answer"), _label(row), source, weight))
+
+
+def _label(row):
+    if "label" not in row and "h" in row:
+        return 1 - _bit(row["h"], "h")  # the paper's h is 1 for harmless
+    return _bit(row["label"], "label")
+
+
+def _bit(value, name):
+    if value not in (0, 1) or isinstance(value, str):
+        raise ValueError(f"{name} must be 0 or 1, got {type(value).__name__}")
+    return int(value)
+
+
+def _text(row, name, empty=False):
+    value = row[name]
+    if value is None and empty:
+        value = ""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a string, got {type(value).__name__}")
+    if not value.strip() and not empty:
+        raise ValueError(f"{name} must not be empty")
+    if len(value) > MAX_TEXT_BYTES or len(value.encode("utf-8", "replace")) > MAX_TEXT_BYTES:
+        raise ValueError(f"{name} must be at most {MAX_TEXT_BYTES} bytes, got more")
+    return value
+
+
+def _jsonl_rows(path):
+    opener = gzip.open if path.endswith(".gz") else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:
+        # The decoder's own message may quote the row, which is not for a log.
+        row = number if isinstance(error, json.JSONDecodeError) else number + 1
+        raise DataError(f"{path}, row {row}: must be one JSON object in UTF-8 per line, got "
+                        f"{type(error).__name__}.") from None
+
+
+def _hub_rows(name):
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError("read: hub:... needs the package datasets. Run: pip install datasets") from None
+    return load_dataset(name, split="train")
+
+
+def _pyrit_rows(path):
+    """Human-scored rows; the mean score is the label where it is clear: up to 0.2 harmless, from 1/3 harmful."""
+    if path.is_dir():
+        files = {str(file): file.read_bytes() for file in sorted(path.rglob("*.csv"))}
+    else:
+        with zipfile.ZipFile(path) as wheel:
+            files = {name: wheel.read(name) for name in sorted(wheel.namelist())
+                     if _PYRIT_CSVS in name and name.endswith(".csv")}
+    if not files:
+        raise DataError(f"{path}: holds no CSV under {_PYRIT_CSVS}. Pass the wheel pyrit-*.whl or its folder.")
+    for name, content in files.items():
+        lines = io.StringIO(content.decode("utf-8-sig"))
+        first = lines.readline()
+        if not first.startswith("#"):  # the files begin with a version line, not with the header
+            lines.seek(0)
+        for number, row in enumerate(csv.DictReader(lines), 1):
+            scores = [float(row[key]) for key in row if key and key.startswith("human_score") and row[key]]
+            mean = sum(scores) / len(scores) if scores else 0.25
+            if not 0.2 < mean < 0.33:
+                yield f"{Path(name).name}:{number}", {"question": row["objective"], "answer": row["assistant_response"],
+                                                      "label": int(mean >= 0.33), "source": "pyrit"}

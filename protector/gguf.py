@@ -1,0 +1,403 @@
+"""GGUF files: adapters with what a score means, base files cut to a depth, merged single files.
+
+An adapter file is a llama.cpp LoRA adapter (tensors <name>.lora_a, <name>.lora_b) with these keys beside llama.cpp's own:
+
+    protector.format_version   uint32   1
+    protector.kind             string   detector | detoxifier
+    protector.template         string   template.TEMPLATE_ID
+    protector.limits           string   JSON of template.Limits
+    protector.depth            uint32   blocks of the base that it runs on
+    protector.base_sha256      string   of the base GGUF file
+    protector.model_sha256     string   of tensors, head, template, limits, depth and base: what a score depends on
+    protector.pooling          string   last
+    protector.head.weight      float32[d]   detector only, as are the rest
+    protector.head.bias        float32
+    protector.canaries         string   JSON: [{question, answer, label, score}], scored in PyTorch fp32 at export
+    protector.calibration      string   JSON: see calibrate.py
+
+A merged file has the same keys in a whole model.
+"""
+import ctypes
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .base import base_path, cache_dir, file_sha256
+from .errors import ModelError
+from .template import TEMPLATE_ID, Limits
+
+FORMAT_VERSION = 1
+AS_BASE = "base"  # the quantisation that the base file has
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers (enum llama_ftype)
+_PREFIX = "protector."
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The protector.* keys of a GGUF file."""
+
+    kind: str
+    depth: int
+    base_sha256: str
+    model_sha256: str = ""
+    limits: Limits = Limits()
+    template: str = TEMPLATE_ID
+    head_weight: np.ndarray | None = None  # (d,) float32
+    head_bias: float = 0.0
+    canaries: tuple = ()  # of {question, answer, label, score}
+    calibration: tuple = ()  # of calibrate.Calibration as dict
+    merged: bool = False  # a whole model, not an adapter
+
+
+def _reader(path):
+    """GGUFReader of a file that is checked to be one."""
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except FileNotFoundError:
+        raise ModelError(f"read_metadata: {path} must exist, got no file. Check the path.") from None
+    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        raise ModelError(f"read_metadata: {path} must be a whole GGUF file, got {type(error).__name__}. "
+                         "Copy or export it again.") from None
+
+
+def read_metadata(path):
+    """Read and check the protector.* keys of an adapter or a merged file.
+
+    Args:
+        path: a GGUF file.
+    Returns:
+        Metadata
+    Raises:
+        ModelError: not a GGUF file, cut, without the keys, of another format or template, or with a head that is
+            missing, not finite or zero.
+    """
+    reader = _reader(path)
+
+    def value(key, default=None):
+        field = reader.fields.get(_PREFIX + key)
+        if field is None and default is None:
+            raise ModelError(f"read_metadata: {path} must have the key {_PREFIX}{key}, got none. Use a file that "
+                             "`protector export` wrote.")
+        return default if field is None else field.contents()
+
+    version, template = value("format_version"), value("template")
+    if version != FORMAT_VERSION or template != TEMPLATE_ID:
+        raise ModelError(f"read_metadata: {path} must have format version {FORMAT_VERSION} and template {TEMPLATE_ID}, "
+                         f"got {version} and {template}. Export it again with this version.")
+    kind, weight = value("kind"), None
+    if kind not in ("detector", "detoxifier"):
+        raise ModelError(f"read_metadata: {path} must be a detector or a detoxifier, got {kind}.")
+    if kind == "detector":
+        weight = np.asarray(value("head.weight"), np.float32)
+        if value("pooling") != "last":
+            raise ModelError(f"read_metadata: {path} must pool at the last token, got {value('pooling')}.")
+        if not np.isfinite(weight).all() or not np.isfinite(value("head.bias")) or not weight.any():
+            raise ModelError(f"read_metadata: {path} must have a finite head that isn't zero. Export it again.")
+    try:
+        limits = Limits(**json.loads(value("limits")))
+        canaries, calibration = json.loads(value("canaries", "[]")), json.loads(value("calibration", "[]"))
+    except (TypeError, json.JSONDecodeError):
+        raise ModelError(f"read_metadata: {path} must have readable limits, canaries and calibration. Export it again.") from None
+    metadata = Metadata(kind, int(value("depth")), value("base_sha256"), value("model_sha256"), limits, template, weight,
+                        float(value("head.bias", 0.0)), tuple(canaries), tuple(calibration),
+                        merged=not any(tensor.name.endswith((".lora_a", ".lora_b")) for tensor in reader.tensors))
+    digest = model_sha256(metadata, {t.name: t.data for t in reader.tensors} if not metadata.merged else {})
+    if not metadata.merged and digest != metadata.model_sha256:
+        raise ModelError(f"read_metadata: {path} must have the contents that its protector.model_sha256 names, got others. "
+                         "Copy or export it again.")
+    return metadata
+
+
+def model_sha256(metadata, tensors):
+    """Digest of everything that a score depends on, calibration and canaries left out: calibrations refer to it."""
+    digest = hashlib.sha256()
+    parts = (metadata.kind, metadata.depth, metadata.base_sha256, asdict(metadata.limits), metadata.template, metadata.head_bias)
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    if metadata.head_weight is not None:
+        digest.update(np.ascontiguousarray(metadata.head_weight, np.float32).tobytes())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _add_metadata(writer, metadata):
+    writer.add_uint32(_PREFIX + "format_version", FORMAT_VERSION)
+    writer.add_uint32(_PREFIX + "depth", metadata.depth)
+    for key, value in (("kind", metadata.kind), ("template", metadata.template), ("base_sha256", metadata.base_sha256),
+                       ("model_sha256", metadata.model_sha256), ("limits", json.dumps(asdict(metadata.limits)))):
+        writer.add_string(_PREFIX + key, value)
+    if metadata.kind == "detector":
+        writer.add_string(_PREFIX + "pooling", "last")
+        writer.add_array(_PREFIX + "head.weight", [float(x) for x in metadata.head_weight])
+        writer.add_float32(_PREFIX + "head.bias", metadata.head_bias)
+        writer.add_string(_PREFIX + "canaries", json.dumps(metadata.canaries))
+        writer.add_string(_PREFIX + "calibration", json.dumps(metadata.calibration))
+
+
+@contextmanager
+def _whole_file(path):
+    """A temporary path beside `path` that takes its name when the block ends well: no file is ever half written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    os.close(handle)
+    try:
+        yield partial
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _write(writer, path):
+    with _whole_file(path) as partial:
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _copy_fields(reader, writer, changed):
+    """Copy every key of a file but the ones that the writer sets itself."""
+    import gguf
+
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture" or name in changed or name.startswith(_PREFIX):
+            continue
+        kind = field.types[0]
+        writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+
+
+def _copy_model(source, target, depth, merged=None, metadata=None):
+    """Copy the first `depth` blocks of a GGUF model; tensors in `merged` {name: float32 array} replace the file's own."""
+    import gguf
+
+    reader = _reader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(None, architecture)
+    blocks = f"{architecture}.block_count"
+    _copy_fields(reader, writer, {blocks, "general.file_type"} if merged else {blocks})
+    writer.add_uint32(blocks, depth)
+    if merged:
+        writer.add_file_type(FILE_TYPES["F32"])
+    if metadata is not None:
+        _add_metadata(writer, metadata)
+    for tensor in reader.tensors:
+        if tensor.name.startswith("blk.") and int(tensor.name.split(".")[1]) >= depth:
+            continue
+        if merged and tensor.name in merged:
+            writer.add_tensor(tensor.name, merged[tensor.name])
+        elif merged:  # one type for the whole file; the quantiser makes of it what it was asked for
+            writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    _write(writer, target)
+
+
+def _quantise(source, target, quantisation):
+    """llama.cpp's own quantiser; a source that is quantised already is allowed (the base ships as Q4_1)."""
+    import llama_cpp
+
+    from .llama import quiet
+
+    quiet()
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize, options.nthread = FILE_TYPES[quantisation], True, len(os.sched_getaffinity(0))
+    with _whole_file(target) as partial:
+        if llama_cpp.llama_model_quantize(str(source).encode(), partial.encode(), ctypes.byref(options)) != 0:
+            raise ModelError(f"export: llama.cpp must quantise {source} to {quantisation}, got an error. Free disk space, or "
+                             "use another quantisation.")
+
+
+def block_count(path):
+    """Number of blocks of a GGUF model."""
+    fields = _reader(path).fields
+    return int(fields[f"{fields['general.architecture'].contents()}.block_count"].contents())
+
+
+def runnable_base(base, depth, quantisation):
+    """The base file that a model runs on: the base itself, or its first `depth` blocks in another quantisation, cached.
+
+    Args:
+        base: path of the base GGUF.
+        depth: blocks to keep.
+        quantisation: one of FILE_TYPES, or "base" to copy tensors as they are.
+    Returns:
+        Path
+    Raises:
+        ModelError: not enough blocks, or llama.cpp can't quantise it.
+    """
+    if quantisation != AS_BASE and quantisation not in FILE_TYPES:
+        raise ValueError(f"runnable_base: quantisation must be one of {', '.join(FILE_TYPES)} or {AS_BASE}, got {quantisation}.")
+    target = cache_dir() / f"base-{file_sha256(base)[:16]}-{depth}-{quantisation}.gguf"
+    if target.exists():
+        return target
+    n_blocks = block_count(base)
+    if not 0 < depth <= n_blocks:
+        raise ModelError(f"runnable_base: depth must be 1 to {n_blocks} for {base}, got {depth}. Use the base that the "
+                         "adapter was trained on.")
+    if depth == n_blocks and quantisation == AS_BASE:
+        return Path(base)
+    if quantisation == AS_BASE:
+        _copy_model(base, target, depth)
+        return target
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+        cut = Path(folder) / "cut.gguf"
+        _copy_model(base, cut, depth)
+        _quantise(cut, target, quantisation)
+    return target
+
+
+def file_type(path):
+    """Name of the quantisation that a model file says it has."""
+    number = int(_reader(path).fields["general.file_type"].contents())
+    return {value: name for name, value in FILE_TYPES.items()}.get(number, f"type {number}")
+
+
+def _rope_order(weight, n_heads):
+    """Rows of a q or k projection from Hugging Face's rotary order (halves) to llama.cpp's (pairs)."""
+    rows = weight.reshape(n_heads, 2, weight.shape[0] // n_heads // 2, *weight.shape[1:])
+    return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _lora_tensors(model):
+    """{GGUF name: (A (r, in), B (out, r))} float32 from a PyTorch model with peft adapters."""
+    import gguf
+
+    lm_config = (model.backbone if model.config.kind == "detector" else model.lm).config
+    if lm_config.model_type != "llama":
+        raise ModelError(f"export: backbone must be of the llama architecture, got {lm_config.model_type}. Use "
+                         "`export --format hf`, or llama.cpp's own converter.")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.depth)
+    halves = {}
+    for name, value in model.trained().items():
+        if ".lora_" in name:
+            module = name.split("base_model.model.")[-1].split(".lora_")[0].removeprefix("model.")
+            halves.setdefault(module, {})["a" if ".lora_A." in name else "b"] = value.detach().float().cpu().numpy()
+    tensors = {}
+    for module, pair in halves.items():
+        b = pair["b"]
+        if module.endswith(("q_proj", "k_proj")):
+            b = _rope_order(b, lm_config.num_attention_heads if module.endswith("q_proj") else lm_config.num_key_value_heads)
+        tensors[names.get_name("model." + module) + ".weight"] = (pair["a"], b)
+    return tensors
+
+
+def _metadata_of(model, base, canaries):
+    detector = model.config.kind == "detector"
+    return Metadata(
+        model.config.kind, model.config.depth, file_sha256(base), limits=model.config.limits,
+        head_weight=model.head.weight.detach().float().cpu().numpy()[0] if detector else None,
+        head_bias=float(np.float32(model.head.bias.item())) if detector else 0.0, canaries=tuple(canaries) if detector else ())
+
+
+def export_adapter(model, path, base=None, canaries=()):
+    """Write a trained model's LoRA adapters, head and metadata as one GGUF file.
+
+    Args:
+        model: models.HarmDetector or models.ResponseDetoxifier with rank > 0.
+        path: file to write; it appears whole or not at all.
+        base: the GGUF that the backbone was made from; the default base if None.
+        canaries: {question, answer, label, score} with PyTorch scores (detector); see evaluate.canaries.
+    Returns:
+        Metadata
+    Raises:
+        ModelError: fully fine-tuned (no adapters), or not of the llama architecture.
+    """
+    import gguf
+
+    if model.config.rank == 0:
+        raise ModelError("export_adapter: model must have LoRA adapters, got full fine-tuning. Export it merged.")
+    base = base or base_path()
+    writer = gguf.GGUFWriter(None, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", model.config.alpha)
+    tensors = {}
+    for name, (a, b) in _lora_tensors(model).items():
+        tensors[name + ".lora_a"], tensors[name + ".lora_b"] = a.astype(np.float16), b.astype(np.float16)
+    metadata = _metadata_of(model, base, canaries)
+    metadata = replace(metadata, model_sha256=model_sha256(metadata, tensors))
+    _add_metadata(writer, metadata)
+    for name, value in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(value))
+    _write(writer, path)
+    return metadata
+
+
+def export_merged(model, path, quantisation="Q8_0", base=None, canaries=()):
+    """Write backbone and adapters as one single-file model, with the head in its metadata.
+
+    Args:
+        model, path, base, canaries: as in export_adapter; a fully fine-tuned model is welcome.
+        quantisation: one of FILE_TYPES.
+    Returns:
+        Metadata
+    """
+    import gguf
+
+    base = base or base_path()
+    if quantisation not in FILE_TYPES:
+        raise ValueError(f"export_merged: quantisation must be one of {', '.join(FILE_TYPES)}, got {quantisation}.")
+    tensors = {tensor.name: tensor for tensor in _reader(base).tensors}
+    if model.config.rank:
+        scale, merged = model.config.alpha / model.config.rank, {}
+        for name, (a, b) in _lora_tensors(model).items():
+            weight = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+            merged[name] = weight + np.float32(scale) * (b @ a)  # W + alpha/r B A
+    else:
+        merged = _full_tensors(model)
+    metadata = _metadata_of(model, base, canaries)
+    metadata = replace(metadata, model_sha256=model_sha256(metadata, merged), merged=True)
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        whole = Path(folder) / "merged.gguf"
+        _copy_model(base, whole, model.config.depth, merged, metadata)
+        _quantise(whole, path, quantisation)
+    return metadata
+
+
+def _full_tensors(model):
+    """{GGUF name: float32 array} of a fully fine-tuned model's blocks and final norm."""
+    import gguf
+
+    body = model.backbone if model.config.kind == "detector" else model.lm.base_model
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.depth)
+    tensors = {}
+    for name, value in body.named_parameters():
+        if value.requires_grad:
+            value = value.detach().float().cpu().numpy()
+            if ".q_proj." in name or ".k_proj." in name:
+                heads = body.config.num_attention_heads if ".q_proj." in name else body.config.num_key_value_heads
+                value = _rope_order(value, heads)
+            module, suffix = name.rsplit(".", 1)
+            tensors[f"{names.get_name('model.' + module)}.{suffix}"] = value
+    return tensors
+
+
+def add_calibration(path, entries):
+    """Rewrite an exported file with these calibrations in place of its own; tensors are copied byte for byte.
+
+    Args:
+        path: a detector's GGUF file.
+        entries: calibrate.Calibration as dicts.
+    """
+    import gguf
+
+    metadata = replace(read_metadata(path), calibration=tuple(entries))
+    reader = _reader(path)
+    writer = gguf.GGUFWriter(None, reader.fields["general.architecture"].contents())
+    _copy_fields(reader, writer, set())
+    _add_metadata(writer, metadata)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    del reader  # it maps the file that is replaced
+    _write(writer, path)

@@ -1,0 +1,403 @@
+"""The llama.cpp backend: detector and detoxifier on one set of low-level calls, without torch.
+
+Traps that shaped this file:
+- `Llama.embed` drops all but the first 512 tokens without a word; here nothing is cut, and too much is an error.
+- llama.cpp returns hidden states after the final norm, as Hugging Face does; a second norm would be a bug.
+- llama-architecture files can't carry a one-output head; the head is in the metadata and applied by head.harm_score.
+- Two busy threads and a third process collapse its spinning barriers: a backend is one context behind one lock.
+"""
+import ctypes
+import logging
+import os
+import queue
+import threading
+import weakref
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+
+from . import gguf
+from .base import base_path, file_sha256
+from .errors import DeadlineExceeded, ModelError
+from .head import harm_score
+from .template import MAX_HISTORY_TOKENS, Template
+
+logger = logging.getLogger("protector")
+CANARY_TOLERANCE = 0.1  # |score - score at export|; Q4_0 stays within it (results/parity.json)
+_BATCH_TOKENS = 512  # tokens of one llama_decode
+_SEQUENCES = 16  # sequences that one decode may hold
+_STREAMS = 8  # streams that are scored at one time; more wait
+_log_lines = []  # llama.cpp's last complaints, for an error message
+
+
+@llama_cpp.llama_log_callback
+def _on_log(level, text, _):
+    if level >= 3:  # GGML_LOG_LEVEL_WARN
+        _log_lines.append(text.decode(errors="replace").strip())
+        del _log_lines[:-3]
+
+
+_started = threading.Lock()
+_is_quiet = False
+
+
+def quiet():
+    """Start llama.cpp once, with its log kept out of stderr."""
+    global _is_quiet
+    with _started:
+        if not _is_quiet:
+            llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+            llama_cpp.llama_backend_init()
+            _is_quiet = True
+
+
+def cpu_threads():
+    """Threads for llama.cpp: the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Weights:
+    """A loaded model file; llama.cpp maps it, and every user in the process shares the one copy."""
+
+    _loaded = weakref.WeakValueDictionary()
+    _lock = threading.Lock()
+
+    def __init__(self, path, n_gpu_layers):
+        options = llama_cpp.llama_model_default_params()
+        options.n_gpu_layers = n_gpu_layers
+        self.path = path
+        self.pointer = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
+        if not self.pointer:
+            raise ModelError(f"load: {path} must be a model that llama.cpp loads, got an error ({'; '.join(_log_lines)}). "
+                             "Copy or export it again.")
+        self.vocab = llama_cpp.llama_model_get_vocab(self.pointer)
+
+    @classmethod
+    def of(cls, path, n_gpu_layers):
+        quiet()
+        key = (os.path.realpath(path), os.stat(path).st_mtime_ns, n_gpu_layers)
+        with cls._lock:
+            weights = cls._loaded.get(key)
+            if weights is None:
+                weights = cls._loaded[key] = cls(path, n_gpu_layers)
+            return weights
+
+    def __del__(self):
+        if getattr(self, "pointer", None) and llama_cpp is not None:
+            llama_cpp.llama_model_free(self.pointer)
+
+
+class LlamaTokenizer:
+    """llama.cpp's tokeniser as template.py wants it: special-token parsing off."""
+
+    def __init__(self, weights):
+        self._weights = weights  # keeps the vocabulary alive
+        self._vocab = weights.vocab
+
+    def encode(self, text, parse_special=False):
+        data = text.encode()
+        size = len(data) + 8  # a token has at least one byte
+        ids = (llama_cpp.llama_token * size)()
+        n = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, size, False, parse_special)
+        if n < 0:
+            raise RuntimeError(f"encode: llama.cpp must tokenise {len(data)} bytes, got error {n}.")
+        return ids[:n]
+
+    def decode(self, ids):
+        buffer, parts = ctypes.create_string_buffer(256), []
+        for token in ids:
+            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 256, 0, False)
+            parts.append(buffer.raw[:max(n, 0)])
+        return b"".join(parts).decode("utf-8", "ignore")
+
+    def special(self, name):
+        if name in ("bos", "eos"):
+            token = getattr(llama_cpp, f"llama_vocab_{name}")(self._vocab)
+            return token if token >= 0 else None
+        ids = self.encode(name, parse_special=True)
+        return ids[0] if len(ids) == 1 else None
+
+    def is_control(self, token):
+        """Whether a token is a special one, which no rewrite may hold."""
+        return bool(llama_cpp.llama_vocab_is_control(self._vocab, token))
+
+
+class _Context:
+    """One llama.cpp context: weights, an optional adapter, a KV cache, and a lock around them."""
+
+    def __init__(self, weights, adapter, n_ctx, embeddings, n_threads, n_sequences=1):
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = n_ctx, _BATCH_TOKENS, _BATCH_TOKENS
+        options.n_seq_max, options.kv_unified = n_sequences, True
+        options.n_threads = options.n_threads_batch = n_threads or cpu_threads()
+        options.embeddings, options.pooling_type = embeddings, llama_cpp.LLAMA_POOLING_TYPE_NONE
+        self.weights, self.lock, self.n_ctx = weights, threading.RLock(), n_ctx
+        self.pointer = llama_cpp.llama_init_from_model(weights.pointer, options)
+        if not self.pointer:
+            raise ModelError(f"load: llama.cpp must get memory for {n_ctx} tokens, got none ({'; '.join(_log_lines)}).")
+        self.memory = llama_cpp.llama_get_memory(self.pointer)
+        self.batch = llama_cpp.llama_batch_init(_BATCH_TOKENS, 0, 1)
+        if adapter is not None:
+            self.adapter = llama_cpp.llama_adapter_lora_init(weights.pointer, str(adapter).encode())
+            if not self.adapter:
+                raise ModelError(f"load: {adapter} must be an adapter of {weights.path}, got an error "
+                                 f"({'; '.join(_log_lines)}). Use the base that it was trained on.")
+            adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self.adapter)
+            llama_cpp.llama_set_adapters_lora(self.pointer, adapters, 1, (ctypes.c_float * 1)(1.0))
+        self.n_embd = llama_cpp.llama_model_n_embd(weights.pointer)
+        self.pid = os.getpid()
+
+    def decode(self, entries):
+        """Run (token, position, sequence, wants_output) entries, at most one batch; raises if llama.cpp fails."""
+        if self.pid != os.getpid():
+            # A forked child has the memory but not the threads; decoding would wait for them forever.
+            raise ModelError("decode: model must be loaded in the process that uses it, got a fork. Load it after the fork.")
+        batch = self.batch
+        batch.n_tokens = len(entries)
+        for i, (token, position, sequence, wants_output) in enumerate(entries):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = wants_output
+        status = llama_cpp.llama_decode(self.pointer, batch)
+        if status != 0:
+            raise RuntimeError(f"decode: llama.cpp must decode {len(entries)} tokens, got status {status}.")
+
+    def embedding(self, i):
+        """(d,) float32 of batch entry i."""
+        pointer = llama_cpp.llama_get_embeddings_ith(self.pointer, i)
+        if not pointer:
+            raise RuntimeError(f"embedding: llama.cpp must return hidden states of entry {i}, got none.")
+        return np.ctypeslib.as_array(pointer, shape=(self.n_embd,))
+
+    def clear(self, sequence=-1):
+        """Free a sequence's cache; -1 frees all."""
+        llama_cpp.llama_memory_seq_rm(self.memory, sequence, -1, -1)
+
+    def __del__(self):
+        if getattr(self, "pointer", None) and llama_cpp is not None and self.pid == os.getpid():
+            llama_cpp.llama_free(self.pointer)
+            llama_cpp.llama_batch_free(self.batch)
+
+
+def _load(path, kind, base, quantisation, n_gpu_layers):
+    """(metadata, weights, adapter path or None, quantisation name) of an adapter or merged file."""
+    metadata = gguf.read_metadata(path)
+    if metadata.kind != kind:
+        raise ModelError(f"load: {path} must be a {kind}, got a {metadata.kind}. Pass the other file.")
+    if metadata.merged:
+        return metadata, _Weights.of(path, n_gpu_layers), None, gguf.file_type(path)
+    base = Path(base) if base else base_path()
+    if not base.exists():
+        raise ModelError(f"load: base must exist, got no file at {base}. Check the path.")
+    if file_sha256(base) != metadata.base_sha256:
+        raise ModelError(f"load: base must be the file that {path} was trained on (sha256 {metadata.base_sha256[:16]}...), "
+                         f"got sha256 {file_sha256(base)[:16]}... at {base}. Pass base=... with the right file.")
+    runnable = gguf.runnable_base(base, metadata.depth, quantisation)
+    return metadata, _Weights.of(runnable, n_gpu_layers), path, quantisation
+
+
+class LlamaDetector:
+    """The harm detector on llama.cpp.
+
+    Args:
+        path: adapter GGUF or merged GGUF of kind detector.
+        base: base GGUF of an adapter; the default base if None.
+        quantisation: of the base's first blocks (adapter only): "Q8_0", "F16", "Q4_0", "F32", or "base".
+        n_threads: CPU threads; all cores if None.
+        n_gpu_layers: layers on the GPU where llama.cpp was built for one; -1 = all.
+        check: score the canaries after loading.
+    Raises:
+        ModelError: the file is missing, cut, of the wrong kind or base, or its canaries don't score as they did at export.
+    """
+
+    name = "llama.cpp"
+
+    def __init__(self, path, base=None, quantisation="Q8_0", n_threads=None, n_gpu_layers=-1, check=True):
+        self.metadata, weights, adapter, self.quantisation = _load(path, "detector", base, quantisation, n_gpu_layers)
+        self.path, self.limits = path, self.metadata.limits
+        self.tokenizer = LlamaTokenizer(weights)
+        self.template = Template(self.tokenizer, self.limits)
+        self.longest = self.limits.question_tokens + self.limits.window + MAX_HISTORY_TOKENS + 64  # 64: roles and marks
+        self.model_sha256, self.calibration = self.metadata.model_sha256, self.metadata.calibration
+        self._weights, self._adapter, self._n_threads, self._streams = weights, adapter, n_threads, None
+        self.context = _Context(weights, adapter, max(4 * _BATCH_TOKENS, 4 * self.longest), True, n_threads, _SEQUENCES)
+        if self.context.n_embd != len(self.metadata.head_weight):
+            raise ModelError(f"load: {path} must have a head of {self.context.n_embd} weights, got "
+                             f"{len(self.metadata.head_weight)}. Use the base that it was trained on.")
+        if check:
+            check_canaries(self)
+
+    def logits(self, sequences, deadline=None):
+        """Harm logits at the last token of each sequence of ids, several sequences in one decode.
+
+        Args:
+            sequences: list of lists of token ids, each at least one long.
+            deadline: called before each decode; raises to stop.
+        Returns:
+            (n,) float32, one per sequence.
+        """
+        with self.context.lock:
+            self.context.clear()
+            results = np.empty(len(sequences), np.float32)
+            entries, pending, n_sequences = [], [], 0  # pending: (sequence, entry) whose output is due
+
+            def flush():
+                nonlocal entries, pending
+                if deadline:
+                    deadline()
+                self.context.decode(entries)
+                for index, entry in pending:
+                    results[index] = self._head(self.context.embedding(entry)[None])[0]
+                entries, pending = [], []
+
+            for index, ids in enumerate(sequences):
+                if n_sequences == _SEQUENCES or (entries and len(entries) + len(ids) > _BATCH_TOKENS):
+                    flush()
+                    self.context.clear()
+                    n_sequences = 0
+                for position, token in enumerate(ids):
+                    if len(entries) == _BATCH_TOKENS:
+                        flush()
+                    entries.append((token, position, n_sequences, position == len(ids) - 1))
+                pending.append((index, len(entries) - 1))
+                n_sequences += 1
+            if entries:
+                flush()
+            self.context.clear()
+            return results
+
+    def open(self):
+        """A cursor for one stream: its own sequence on a cache that all streams share."""
+        with self.context.lock:
+            if self._streams is None:
+                context = _Context(self._weights, self._adapter, _STREAMS * self.longest, True, self._n_threads, _STREAMS)
+                self._streams = (context, queue.SimpleQueue())
+                for sequence in range(_STREAMS):
+                    self._streams[1].put(sequence)
+        return _Cursor(self, *self._streams)
+
+    def _head(self, hidden):
+        """(n, d) hidden states -> (n,) logits."""
+        return harm_score(hidden, self.metadata.head_weight, self.metadata.head_bias, output="logit").values
+
+
+class _Cursor:
+    """Scores the tokens of one stream, each once."""
+
+    def __init__(self, detector, context, free):
+        self.detector, self.context, self.free = detector, context, free
+        self.sequence = free.get()  # waits while all sequences are taken
+        self.position = 0
+
+    def start(self, ids):
+        """Begin anew with these ids, which carry no score."""
+        with self.context.lock:
+            self.context.clear(self.sequence)
+            self.position = 0
+            self._decode(ids, wants_output=False)
+
+    def feed(self, ids):
+        """(n,) float32 logits of these ids, which follow what was fed before."""
+        with self.context.lock:
+            return self._decode(ids, wants_output=True)
+
+    def _decode(self, ids, wants_output):
+        logits = []
+        for begin in range(0, len(ids), _BATCH_TOKENS):
+            part = ids[begin:begin + _BATCH_TOKENS]
+            self.context.decode([(token, self.position + i, self.sequence, wants_output) for i, token in enumerate(part)])
+            self.position += len(part)
+            if wants_output:
+                hidden = np.stack([self.context.embedding(i) for i in range(len(part))])  # (n, d)
+                logits.append(self.detector._head(hidden))
+        return np.concatenate(logits) if logits else np.empty(0, np.float32)
+
+    def close(self):
+        """Give the sequence back."""
+        if self.sequence is not None:
+            with self.context.lock:
+                self.context.clear(self.sequence)
+            self.free.put(self.sequence)
+            self.sequence = None
+
+
+class LlamaDetoxifier:
+    """The response detoxifier on llama.cpp; arguments as of LlamaDetector.
+
+    The base is used in the quantisation that it ships in: no second copy on disk or in memory, and decoding is as fast.
+    """
+
+    name = "llama.cpp"
+
+    def __init__(self, path, base=None, quantisation=gguf.AS_BASE, n_threads=None, n_gpu_layers=-1):
+        self.metadata, weights, adapter, self.quantisation = _load(path, "detoxifier", base, quantisation, n_gpu_layers)
+        self.path, self.limits = path, self.metadata.limits
+        self.tokenizer = LlamaTokenizer(weights)
+        self.template = Template(self.tokenizer, self.limits)
+        room = self.limits.question_tokens + self.limits.rejected_tokens + self.limits.rewrite_tokens + 64
+        self.context = _Context(weights, adapter, room, False, n_threads)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(weights.vocab)
+
+    def generate(self, prompt, max_tokens, temperature=0.0, seed=0, deadline=None):
+        """Text that the model writes after the prompt's ids, up to its end mark.
+
+        Args:
+            prompt: token ids.
+            max_tokens: most tokens to write; the room for them is there beside any prompt within the limits.
+            temperature: 0 = greedy.
+            seed: of sampling.
+            deadline: called before each token; raises to stop.
+        Returns:
+            (text, number of tokens written, finished): finished is False if the end mark didn't come.
+        """
+        if len(prompt) + max_tokens > self.context.n_ctx:
+            raise ValueError(f"generate: prompt and max_tokens must fit {self.context.n_ctx} tokens, got "
+                             f"{len(prompt)} + {max_tokens}. Shorten the prompt.")
+        rng = np.random.default_rng(seed)
+        with self.context.lock:
+            self.context.clear()
+            for start in range(0, len(prompt), _BATCH_TOKENS):
+                if deadline:
+                    deadline()
+                part = prompt[start:start + _BATCH_TOKENS]
+                self.context.decode([(token, start + i, 0, start + i == len(prompt) - 1) for i, token in enumerate(part)])
+            written = []
+            while len(written) < max_tokens:
+                logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context.pointer, -1), (self.n_vocab,))
+                token = _pick(logits, temperature, rng)
+                if token == self.template.end or self.tokenizer.is_control(token):
+                    return self.tokenizer.decode(written), len(written), True
+                written.append(token)
+                if deadline:
+                    deadline()
+                self.context.decode([(token, len(prompt) + len(written) - 1, 0, True)])
+            return self.tokenizer.decode(written), len(written), False
+
+
+def _pick(logits, temperature, rng):
+    if temperature <= 0:
+        return int(logits.argmax())
+    noisy = logits / temperature + rng.gumbel(size=logits.shape)  # the maximum of logits + Gumbel noise is a softmax sample
+    return int(noisy.argmax())
+
+
+def check_canaries(detector):
+    """Score the canary pairs that the model carries; a detector that lost its mind on the way here doesn't load.
+
+    Raises:
+        ModelError: a score is not what it was at export, or a harmful canary doesn't score above every harmless one.
+    """
+    canaries = detector.metadata.canaries
+    if not canaries:
+        raise ModelError(f"check_canaries: {detector.path} must have canaries, got none. Export it again.")
+    template = detector.template
+    sequences = [template.detector_sequence(template.clip_question(c["question"])[0], template.encode(c["answer"]))[0]
+                 for c in canaries]
+    scores = 1 / (1 + np.exp(-detector.logits(sequences).astype(np.float64)))
+    worst = np.abs(scores - [c["score"] for c in canaries]).max()
+    harmful = [score for score, c in zip(scores, canaries) if c["label"]]
+    harmless = [score for score, c in zip(scores, canaries) if not c["label"]]
+    if not worst <= CANARY_TOLERANCE or not min(harmful) > max(harmless):  # "not <=": NaN fails too
+        raise ModelError(f"check_canaries: {detector.path} must score its canaries as at export (within {CANARY_TOLERANCE}) and "
+                         f"harmful above harmless, got a difference of {worst:.3f}. Export it again, or use another quantisation.")

@@ -1,0 +1,376 @@
+"""The two models in PyTorch: backbone + linear head (harm detector), backbone + LM head (response detoxifier).
+
+    detector    score = sigmoid( w . phi(q, a) + b ),   phi = final-norm hidden state of the answer's last token
+    detoxifier  p( a_acc[t] | a_acc[<t], a_rej, q )
+
+Either is a Hugging Face causal LM with LoRA adapters (rank > 0) or with all its weights trained (rank 0). A detector may
+keep only the first `depth` blocks of its backbone.
+"""
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from .base import DEFAULT, base_path, cache_dir, file_sha256
+from .errors import ModelError
+from .head import harm_score
+from .losses import IGNORE, detox_loss, harm_loss, prefix_harm_loss
+from .template import TEMPLATE_ID, Limits, Template
+
+FORMAT_VERSION = 1
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What rebuilds a model from its backbone; written to protector.json beside the weights."""
+
+    kind: str  # "detector" | "detoxifier"
+    backbone: str = DEFAULT  # "default", or a folder or hub name of a Hugging Face causal LM
+    depth: int = 0  # blocks that a detector keeps; 0 = all
+    rank: int = 16  # of the LoRA adapters; 0 = every weight is trained
+    alpha: float = 32.0  # LoRA's scale is alpha / rank
+    limits: Limits = Limits()
+    template: str = TEMPLATE_ID
+    format_version: int = FORMAT_VERSION
+
+
+class HFTokenizer:
+    """A Hugging Face tokenizer as template.py wants it: special-token parsing off."""
+
+    def __init__(self, tokenizer):
+        self.hf = tokenizer
+        self.fast = getattr(tokenizer, "backend_tokenizer", None)
+        if self.fast is not None:
+            self.fast.encode_special_tokens = True  # "<|im_end|>" in a text is text
+
+    def encode(self, text):
+        if self.fast is not None:
+            return self.fast.encode(text, add_special_tokens=False).ids
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids):
+        return self.hf.decode(ids, skip_special_tokens=True)
+
+    def special(self, name):
+        if name in ("bos", "eos"):
+            return getattr(self.hf, name + "_token_id")
+        ids = self.hf.get_added_vocab() if hasattr(self.hf, "get_added_vocab") else {}
+        return ids.get(name)
+
+
+def base_folder(backbone=DEFAULT):
+    """Folder or hub name of a backbone; the default GGUF is dequantised once and kept in the cache (0.5 GB)."""
+    if backbone != DEFAULT:
+        return backbone
+    source = base_path()
+    folder = cache_dir() / f"base-{file_sha256(source)[:16]}"
+    if not folder.exists():
+        from tokenizers import pre_tokenizers
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        # Trap: the conversion loses the "smollm" pre-tokeniser's rule that each digit is a token of its own.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as partial:  # renamed when whole: no half-written base
+            os.chmod(partial, 0o755)
+            model.save_pretrained(Path(partial) / "base")
+            tokenizer.save_pretrained(Path(partial) / "base")
+            try:
+                os.rename(Path(partial) / "base", folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+    return str(folder)
+
+
+def load_tokenizer(backbone=DEFAULT):
+    """HFTokenizer of a backbone."""
+    from transformers import AutoTokenizer
+
+    return HFTokenizer(AutoTokenizer.from_pretrained(base_folder(backbone), trust_remote_code=False))
+
+
+def _load_causal_lm(backbone):
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(base_folder(backbone), dtype=torch.float32, trust_remote_code=False)
+    except OSError as error:
+        raise ModelError(f"load: backbone must be a Hugging Face causal LM, got {backbone}. {error}") from None
+
+
+def _with_lora(module, config):
+    """Add trainable adapters to every linear layer of the blocks, or unfreeze the blocks (rank 0)."""
+    module.requires_grad_(config.rank == 0)
+    # The embedding is the largest tensor of a small model and learns little from one task: it stays as it is.
+    module.get_input_embeddings().requires_grad_(False)
+    if config.rank == 0:
+        return module
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(module, LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=list(LORA_TARGETS), lora_dropout=0.0, bias="none"))
+
+
+class _Model(nn.Module):
+    """What both models share: trainable tensors by name, save, and how the guard sees them."""
+
+    config: ModelConfig
+    tokenizer: HFTokenizer
+    name = "torch"
+    path = None  # folder it was loaded from
+    calibration = ()  # calibrate.Calibration as dicts
+
+    @property
+    def limits(self):
+        return self.config.limits
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    @property
+    def quantisation(self):
+        """The name of the weights' type, as GGUF files call it."""
+        return {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[next(self.parameters()).dtype]
+
+    def trained(self):
+        """{name: tensor} of what training changes."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def save(self, folder):
+        """Write model.safetensors (trained tensors only) and protector.json."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.detach().contiguous().cpu() for name, value in self.trained().items()},
+                  folder / "model.safetensors")
+        (folder / "protector.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+
+
+class HarmDetector(_Model):
+    """A causal LM whose last layer is a linear layer with one output.
+
+    Args:
+        config: ModelConfig of kind "detector".
+    Source: MLLM-Protector, harm detector.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        lm = _load_causal_lm(config.backbone)
+        backbone = lm.base_model
+        n_blocks = len(backbone.layers)
+        if not 0 <= config.depth <= n_blocks:
+            raise ValueError(f"HarmDetector: depth must be 0 to {n_blocks}, got {config.depth}.")
+        depth = config.depth or n_blocks
+        backbone.layers = backbone.layers[:depth]
+        backbone.config.num_hidden_layers = depth
+        self.config = replace(config, depth=depth)
+        self.tokenizer = load_tokenizer(config.backbone)
+        self.template = Template(self.tokenizer, config.limits)
+        self.backbone = _with_lora(backbone, config)
+        self.head = nn.Linear(backbone.config.hidden_size, 1)
+        # Zero: the first gradient then moves the head alone, and training starts at the loss of an even guess, log 2.
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def hidden(self, ids, mask):
+        """(B, T) ids and mask -> (B, T, d) final-norm hidden states."""
+        return self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def forward(self, ids, mask):
+        """Logits of every position: (B, T) int64, (B, T) bool -> (B, T) float32."""
+        return self.head(self.hidden(ids, mask).to(self.head.weight.dtype)).squeeze(-1).float()  # (B, T, d) -> (B, T)
+
+    @property
+    def model_sha256(self):
+        """Digest of the configuration and the trained tensors: calibrations refer to it."""
+        digest = hashlib.sha256(json.dumps({**asdict(self.config), "backbone": ""}, sort_keys=True).encode())
+        for name, value in sorted(self.trained().items()):
+            digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def logits(self, sequences, deadline=None, batch_tokens=4096):
+        """Harm logits at the last token of each sequence of ids; see llama.LlamaDetector.logits.
+
+        Right padding under a causal mask: a row's score doesn't depend on what else is in its batch, to the rounding of
+        the matrix product.
+        """
+        results = np.empty(len(sequences), np.float32)
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        while order:
+            group, longest = [], 0
+            while order and max(longest, len(sequences[order[0]])) * (len(group) + 1) <= max(batch_tokens, len(sequences[order[0]])):
+                longest = max(longest, len(sequences[order[0]]))
+                group.append(order.pop(0))
+            if deadline:
+                deadline()
+            ids = torch.zeros(len(group), longest, dtype=torch.long)
+            mask = torch.zeros(len(group), longest, dtype=torch.bool)
+            for row, i in enumerate(group):
+                ids[row, :len(sequences[i])] = torch.tensor(sequences[i])
+                mask[row, :len(sequences[i])] = True
+            hidden = self.hidden(ids.to(self.device), mask.to(self.device))  # (B, T, d)
+            results[group] = self._head_logits(hidden, (mask.sum(1) - 1).to(self.device))
+        return results
+
+    def _head_logits(self, hidden, index=None):
+        """(B, T, d) at index, or (n, d) -> (n,) float32 on the CPU, by the fused operator."""
+        weight = self.head.weight.detach().float()[0]
+        return harm_score(hidden, weight, self.head.bias.item(), index=index, output="logit").values.float().cpu().numpy()
+
+    def open(self):
+        """A cursor for one stream; see llama.LlamaDetector.open."""
+        return _Cursor(self)
+
+    def loss(self, batch, prefix_weight):
+        """(1 - lambda) L_harm at the last token + lambda L_harm over all prefixes; see losses.py."""
+        logits = self(batch["ids"], batch["mask"])
+        last = logits.gather(1, batch["last"][:, None]).squeeze(1)  # (B, T) -> (B,)
+        loss = harm_loss(last, batch["labels"], batch["weights"])
+        if prefix_weight:
+            over_prefixes = prefix_harm_loss(logits, batch["labels"], batch["answer"], batch["weights"])
+            loss = (1 - prefix_weight) * loss + prefix_weight * over_prefixes
+        return loss
+
+
+class _Cursor:
+    """Scores the tokens of one stream, each once, on a growing cache."""
+
+    def __init__(self, detector):
+        self.detector, self.cache = detector, None
+
+    @torch.inference_mode()
+    def start(self, ids):
+        self.cache = None
+        self._step(ids)
+
+    @torch.inference_mode()
+    def feed(self, ids):
+        return self.detector._head_logits(self._step(ids)[0])  # (1, n, d) -> (n,)
+
+    def _step(self, ids):
+        output = self.detector.backbone(input_ids=torch.tensor([ids], device=self.detector.device),
+                                        past_key_values=self.cache, use_cache=True)
+        self.cache = output.past_key_values
+        return output.last_hidden_state
+
+    def close(self):
+        self.cache = None
+
+
+class ResponseDetoxifier(_Model):
+    """A causal LM that writes the accepted answer from the question and the rejected one.
+
+    Args:
+        config: ModelConfig of kind "detoxifier".
+    Source: MLLM-Protector, response detoxifier.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        lm = _load_causal_lm(config.backbone)
+        self.config = replace(config, depth=len(lm.base_model.layers))
+        self.tokenizer = load_tokenizer(config.backbone)
+        self.template = Template(self.tokenizer, config.limits)
+        self.lm = _with_lora(lm, config)
+
+    def loss(self, batch, prefix_weight=0.0):
+        """L_detox. The vocabulary is projected only where there is a target: it costs as much as eight blocks."""
+        causal = self.lm.get_base_model() if self.config.rank else self.lm
+        hidden = causal.base_model(input_ids=batch["ids"], attention_mask=batch["mask"], use_cache=False).last_hidden_state
+        has_target = batch["targets"] != IGNORE  # (B, T)
+        logits = causal.lm_head(hidden[has_target])  # (B, T, d) -> (M, V)
+        return detox_loss(logits[None], batch["targets"][has_target][None])
+
+
+    @torch.inference_mode()
+    def generate(self, prompt, max_tokens, temperature=0.0, seed=0, deadline=None):
+        """Text that the model writes after the prompt; see llama.LlamaDetoxifier.generate."""
+        rng = torch.Generator(self.device).manual_seed(seed)
+        special = set(self.tokenizer.hf.all_special_ids) | {self.template.end}
+        ids, cache, written = torch.tensor([prompt], device=self.device), None, []
+        while len(written) < max_tokens:
+            if deadline:
+                deadline()
+            output = self.lm(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, logits = output.past_key_values, output.logits[0, -1].float()  # (V,)
+            if temperature <= 0:
+                token = int(logits.argmax())
+            else:
+                token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=rng))
+            if token in special:
+                return self.tokenizer.decode(written), len(written), True
+            written.append(token)
+            ids = torch.tensor([[token]], device=self.device)
+        return self.tokenizer.decode(written), len(written), False
+
+
+KINDS = {"detector": HarmDetector, "detoxifier": ResponseDetoxifier}
+
+
+def build(config):
+    """A new model of the kind that the config names."""
+    if config.kind not in KINDS:
+        raise ValueError(f"build: kind must be one of {', '.join(KINDS)}, got {config.kind}.")
+    return KINDS[config.kind](config)
+
+
+def load(folder, device="auto", dtype=None):
+    """A trained model from its folder, in eval mode.
+
+    Args:
+        folder: what `protector train` wrote.
+        device: "auto" (a GPU where there is one), "cpu", "cuda".
+        dtype: of the backbone; None = float32 on a CPU, bfloat16 on a GPU.
+
+    Raises:
+        ModelError: a file is missing or cut, or its tensors don't fit the configuration.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        values = json.loads((folder / "protector.json").read_text())
+        if values.get("format_version") != FORMAT_VERSION or values.get("template") != TEMPLATE_ID:
+            raise ModelError(f"load: {folder} must have format version {FORMAT_VERSION} and template {TEMPLATE_ID}, got "
+                             f"{values.get('format_version')} and {values.get('template')}. Export it again.")
+        values["limits"] = Limits(**values["limits"])
+        config = ModelConfig(**values)
+        model = build(config)
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"load: {folder} must hold protector.json and a whole model.safetensors, got "
+                         f"{type(error).__name__}: {error}. Train it again or copy the folder whole.") from None
+    wanted = model.trained()
+    if wanted.keys() != tensors.keys() or any(wanted[name].shape != tensors[name].shape for name in wanted):
+        raise ModelError(f"load: {folder}/model.safetensors must fit its protector.json, got other tensors.")
+    if not all(torch.isfinite(value).all() for value in tensors.values()):
+        raise ModelError(f"load: {folder}/model.safetensors must be finite, got NaN or Inf. Train it again.")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            wanted[name].copy_(value)
+    model.path = folder
+    calibration = folder / "calibration.json"
+    if calibration.exists():
+        model.calibration = tuple(json.loads(calibration.read_text()))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    body = model.backbone if config.kind == "detector" else model.lm
+    body.to(dtype or (torch.bfloat16 if device == "cuda" else torch.float32))  # the head stays float32
+    return model.to(device).eval()

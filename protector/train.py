@@ -1,0 +1,370 @@
+"""One training loop for both losses.
+
+    python -m protector train detector   --data own pairs.jsonl.gz --out runs/detector   --minutes 30
+    python -m protector train detoxifier --data own triples.jsonl  --out runs/detoxifier --minutes 15
+
+Under torchrun every rank builds the same global batches, takes its share of the rows, scales its loss by its share of the
+batch's norm, and the gradients are summed: the loss curve is that of one process with the same global batch.
+"""
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from . import data
+from .errors import DataError, ModelError
+from .losses import IGNORE
+from .models import ModelConfig, build
+from .template import Limits, windows
+
+MICRO_BATCHES = 4  # groups of examples in one batch, each run on its own
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of `protector train`; each is a flag of the command line."""
+
+    kind: str = field(metadata={"help": "detector or detoxifier"})
+    data: tuple[str, ...] = field(default=("own",), metadata={"help": "files, pyrit wheel, own, or hub:OWNER/NAME"})
+    out: str = field(default="runs/model", metadata={"help": "folder for weights, checkpoint and run.json"})
+    backbone: str = field(default="default", metadata={"help": "default, or a Hugging Face causal LM"})
+    depth: int = field(default=0, metadata={"help": "blocks that a detector keeps; 0 = all"})
+    rank: int = field(default=16, metadata={"help": "LoRA rank; 0 = full fine-tuning"})
+    alpha: float = field(default=32.0, metadata={"help": "LoRA alpha; the scale is alpha / rank"})
+    lr: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    warmup: float = field(default=0.03, metadata={"help": "share of the run in which the rate rises"})
+    batch_tokens: int = field(default=2048, metadata={"help": "tokens in one global batch, padding included"})
+    epochs: float = field(default=1.0, metadata={"help": "passes over the data"})
+    minutes: float = field(default=0.0, metadata={"help": "time budget; 0 = none. The rate falls to 0 at its end"})
+    prefix_weight: float = field(default=0.3, metadata={"help": "share of the all-prefix loss (detector)"})
+    answer_only: float = field(default=0.15, metadata={"help": "share of rows shown without their question (detector)"})
+    augment: float = field(default=0.0, metadata={"help": "share of rows wrapped or obfuscated (detector); augment.py"})
+    balance: float = field(default=0.5, metadata={"help": "0 = rows as they are, 1 = one share per question"})
+    source_weights: tuple[str, ...] = field(default=(), metadata={"help": "SOURCE=factor of how often rows are drawn"})
+    loss_weights: tuple[str, ...] = field(default=(), metadata={"help": "SOURCE=factor in the loss, for weak labels"})
+    exclude: tuple[str, ...] = field(default=(), metadata={"help": "files whose questions and answers are left out"})
+    rewrite_tokens: int = field(default=160, metadata={"help": "longest accepted answer (detoxifier)"})
+    init: str = field(default="", metadata={"help": "folder of trained weights to start from"})
+    seed: int = field(default=0, metadata={"help": "of data order and initialisation"})
+    checkpoint_s: float = field(default=120.0, metadata={"help": "seconds between checkpoints"})
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = as many as cores"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda"})
+
+
+def bf16_is_faster(device):
+    """Whether this device multiplies bf16 faster than fp32.
+
+    Trap: PyTorch accepts bf16 on every CPU; without AVX-512 or AMX it ran 80 times slower than fp32 here.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def seconds(dtype):
+        a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        a @ b
+        return min(_timed(lambda: a @ b) for _ in range(3))
+
+    return seconds(torch.bfloat16) * 1.1 < seconds(torch.float32)
+
+
+def _timed(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def detector_examples(rows, template, answer_only, augment, rng):
+    """One example per pair: a random window of its answer, exactly the ids that scoring will see."""
+    limits, examples = template.limits, []
+    for row in rows:
+        question = "" if rng.random() < answer_only else row.question
+        answer = row.answer
+        if augment and rng.random() < augment:
+            from .augment import disguise  # only the shipped recipe needs it
+
+            answer = disguise(answer, row.label, rng)
+        answer_ids = template.encode(answer)
+        if not answer_ids:
+            continue
+        window = rng.choice(windows(len(answer_ids), limits.window, limits.overlap))
+        question_ids, _ = template.clip_question(question)
+        ids, start = template.detector_sequence(question_ids, answer_ids[window.start:window.stop])
+        examples.append({"ids": ids, "start": start, "label": float(row.label), "weight": row.weight})
+    return examples
+
+
+def detoxifier_examples(rows, template):
+    """One example per triple: prompt without loss, then the accepted answer and its end mark."""
+    limits, examples = template.limits, []
+    for row in rows:
+        question_ids, _ = template.clip_question(row.question)
+        prompt = template.detoxifier_prompt(question_ids, template.encode(row.rejected)[:limits.rejected_tokens])
+        accepted = template.encode(row.accepted)
+        if 0 < len(accepted) <= limits.rewrite_tokens:  # a cut rewrite would teach to stop in mid-sentence
+            examples.append({"ids": prompt + accepted + [template.end], "start": len(prompt)})
+    return examples
+
+
+def batches(examples, batch_tokens, rng):
+    """Batches of MICRO_BATCHES groups; a group holds examples of similar length, padded to at most its share of tokens.
+
+    Groups of one length keep padding low; several lengths in one batch keep its gradient from following one source.
+    An example that is longer than a group's share is a group alone.
+    """
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["ids"]) + rng.random() * 8)
+    groups, group = [], []
+    for i in order:
+        if group and len(examples[i]["ids"]) * (len(group) + 1) > batch_tokens // MICRO_BATCHES:
+            groups.append(group)
+            group = []
+        group.append(examples[i])
+    groups += [group] if group else []
+    rng.shuffle(groups)
+    return [groups[i:i + MICRO_BATCHES] for i in range(0, len(groups), MICRO_BATCHES)]
+
+
+def collate(group, kind, device):
+    """Right-padded tensors of one batch; T is the longest example."""
+    n_tokens = max(len(example["ids"]) for example in group)
+    ids = torch.zeros(len(group), n_tokens, dtype=torch.long)
+    mask = torch.zeros(len(group), n_tokens, dtype=torch.bool)
+    answer = torch.zeros(len(group), n_tokens, dtype=torch.bool)
+    for i, example in enumerate(group):
+        length = len(example["ids"])
+        ids[i, :length] = torch.tensor(example["ids"])
+        mask[i, :length] = True
+        answer[i, example["start"]:length] = True
+    batch = {"ids": ids, "mask": mask, "answer": answer}
+    if kind == "detector":
+        batch["last"] = mask.sum(1) - 1
+        batch["labels"] = torch.tensor([example["label"] for example in group])
+        batch["weights"] = torch.tensor([example["weight"] for example in group])
+    else:
+        # hidden[:, t] predicts ids[:, t + 1]
+        batch["targets"] = torch.full_like(ids, IGNORE)
+        batch["targets"][:, :-1] = torch.where(answer[:, 1:], ids[:, 1:], IGNORE)
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _norm(groups, kind):
+    """What the loss of these examples is divided by: sum of weights, or number of target tokens."""
+    return sum(example["weight"] if kind == "detector" else len(example["ids"]) - example["start"]
+               for group in groups for example in group)
+
+
+def _padded_tokens(groups):
+    return sum(len(group) * max(len(example["ids"]) for example in group) for group in groups)
+
+
+def load_rows(config):
+    """Rows of every named source that fit the kind, without repeats and without what `exclude` names."""
+    rows = []
+    for path in config.data:
+        pairs, triples = data.read(path)
+        rows += pairs + data.pairs_of(triples) if config.kind == "detector" else triples or data.triples_of(pairs)
+    banned_pairs = [pair for path in config.exclude for kind in [data.read(path)] for pair in kind[0] + data.pairs_of(kind[1])]
+    questions = {data._question_key(pair) for pair in banned_pairs if pair.question.strip()}
+    answers = {pair.answer for pair in banned_pairs}
+    factors = _factors(config.loss_weights, "loss_weights")
+    kept = []
+    for row in data.unique(rows):
+        texts = {row.answer} if config.kind == "detector" else {row.accepted, row.rejected}
+        if data._question_key(row) not in questions and not texts & answers:
+            kept.append(row if row.source not in factors else _weighted(row, factors[row.source]))
+    if not kept:
+        raise DataError(f"train: data must hold rows for a {config.kind}, got none. A detoxifier needs triples, or "
+                        "pairs with both labels for one question.")
+    return kept
+
+
+def _weighted(row, factor):
+    return type(row)(**{**asdict(row), "weight": row.weight * factor})
+
+
+def _factors(items, name):
+    try:
+        return {source: float(factor) for source, factor in (item.split("=") for item in items)}
+    except ValueError:
+        raise ValueError(f"train: {name} must be SOURCE=NUMBER, got {' '.join(items)}.") from None
+
+
+def train(config, progress=True):
+    """Train one model and write it to `config.out`: model.safetensors, protector.json, run.json, log.jsonl.
+
+    An interrupted run goes on from its checkpoint when it is started again with the same configuration.
+
+    Returns:
+        the trained model, in eval mode.
+    Raises:
+        DataError: no usable rows. ModelError: a checkpoint of another configuration. ValueError: a bad option.
+    """
+    if config.kind not in ("detector", "detoxifier"):
+        raise ValueError(f"train: kind must be detector or detoxifier, got {config.kind}.")
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = _device(config.device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(config.seed)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    rows = load_rows(config)
+    model = build(ModelConfig(config.kind, config.backbone, config.depth, config.rank, config.alpha,
+                              Limits(rewrite_tokens=config.rewrite_tokens))).to(device).train()
+    if config.init:
+        _start_from(model, config.init)
+    out = Path(config.out)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    trained = list(model.trained().values())
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    bf16 = bf16_is_faster(device)
+    run = _describe(config, rows, device, bf16, model)
+    # One epoch's batches are drawn anew from (seed, epoch), so a position in the run is one number: the step.
+    per_epoch = len(_epoch(config, rows, model.template, 0))
+    total = max(math.ceil(config.epochs * per_epoch), 1)
+    step, spent_s = _resume(out, config, model, optimizer)
+    start, last_saved = time.monotonic() - spent_s, time.monotonic()
+    bar = tqdm(total=total, initial=step, disable=not progress or rank > 0, desc=config.kind, unit="step")
+    log = open(out / "log.jsonl", "a") if rank == 0 else None
+    tokens, tokens_start, smooth, epoch, steps = 0, time.monotonic(), None, -1, []
+    while step < total:
+        elapsed_s = time.monotonic() - start
+        share = max(step / total, elapsed_s / (60 * config.minutes) if config.minutes else 0)
+        if world > 1:  # every rank must stop at the same step and use the same rate
+            shared = torch.tensor([share], dtype=torch.float64, device=device)
+            dist.broadcast(shared, 0)
+            share = shared.item()
+        if share >= 1:
+            break
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            steps = _epoch(config, rows, model.template, epoch)
+        groups = steps[step % per_epoch]
+        rate = config.lr * min(1.0, share / config.warmup if config.warmup else 1.0) * (1 - share)
+        for options in optimizer.param_groups:
+            options["lr"] = max(rate, config.lr * 1e-3)
+        optimizer.zero_grad(set_to_none=True)
+        loss, norm = torch.zeros((), device=device), _norm(groups, config.kind)
+        for group in groups:
+            mine = group[rank::world]
+            if mine:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    part = model.loss(collate(mine, config.kind, device), config.prefix_weight)
+                part = part * (_norm([mine], config.kind) / norm)
+                part.backward()
+                loss += part.detach()
+        if world > 1:
+            for value in trained:
+                value.grad = torch.zeros_like(value) if value.grad is None else value.grad
+                dist.all_reduce(value.grad)
+            dist.all_reduce(loss)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        step += 1
+        tokens += _padded_tokens(groups)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RuntimeError(f"train: loss must be finite, got {value} at step {step}. Lower lr.")
+        smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
+        left_s = elapsed_s / max(share, 1e-6) * (1 - share)
+        bar.set_postfix_str(f"loss {smooth:.3f}, {tokens / (time.monotonic() - tokens_start):.0f} tokens/s, "
+                            f"{left_s / 60:.0f} min left")
+        bar.update()
+        if rank == 0:
+            log.write(json.dumps({"step": step, "loss": round(value, 6), "lr": rate, "tokens": tokens,
+                                  "elapsed_s": round(elapsed_s, 2)}) + "\n")
+            if time.monotonic() - last_saved > config.checkpoint_s:
+                log.flush()
+                _checkpoint(out, config, model, optimizer, step, time.monotonic() - start)
+                last_saved = time.monotonic()
+    bar.close()
+    if rank == 0:
+        log.close()
+        model.save(out)
+        run |= {"steps": step, "epochs": step / per_epoch, "tokens_this_start": tokens, "loss": smooth,
+                "seconds": round(time.monotonic() - start, 1)}
+        (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+    return model.eval()
+
+
+def _epoch(config, rows, template, epoch):
+    rng = random.Random(f"{config.seed}-{epoch}")
+    drawn = data.balance(rows, len(rows), config.balance, _factors(config.source_weights, "source_weights"),
+                         seed=config.seed * 1000 + epoch)
+    if config.kind == "detector":
+        examples = detector_examples(drawn, template, config.answer_only, config.augment, rng)
+    else:
+        examples = detoxifier_examples(drawn, template)
+    if not examples:
+        raise DataError(f"train: data must hold usable rows, got {len(rows)} rows and no example. Accepted answers must "
+                        f"have at most {config.rewrite_tokens} tokens.")
+    return batches(examples, config.batch_tokens, rng)
+
+
+def _device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device(name)
+
+
+def _start_from(model, folder):
+    from safetensors.torch import load_file
+
+    tensors, mine = load_file(Path(folder) / "model.safetensors"), model.trained()
+    if tensors.keys() != mine.keys() or any(tensors[name].shape != mine[name].shape for name in mine):
+        raise ModelError(f"train: init must have this model's tensors, got others in {folder}. Use the same depth and rank.")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            mine[name].copy_(value)
+
+
+def _checkpoint(out, config, model, optimizer, step, spent_s):
+    state = {"config": _identity(config), "step": step, "spent_s": spent_s, "optimizer": optimizer.state_dict(),
+             "model": {name: value.detach() for name, value in model.trained().items()}}
+    torch.save(state, out / "checkpoint.partial")
+    os.replace(out / "checkpoint.partial", out / "checkpoint.pt")  # a checkpoint is whole or absent
+
+
+def _resume(out, config, model, optimizer):
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: a checkpoint can't run code
+    if state["config"] != _identity(config):
+        raise ModelError(f"train: {path} must be of this configuration, got another. Delete it or change --out.")
+    with torch.no_grad():
+        for name, value in model.trained().items():
+            value.copy_(state["model"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"goes on from step {state['step']}", file=sys.stderr)
+    return state["step"], state["spent_s"]
+
+
+def _identity(config):
+    """What must not change between the parts of one run."""
+    return json.dumps({**asdict(config), "out": "", "threads": 0, "checkpoint_s": 0, "device": ""}, sort_keys=True)
+
+
+def _describe(config, rows, device, bf16, model):
+    import transformers
+
+    commit = os.popen("git rev-parse HEAD 2>/dev/null").read().strip()
+    return {"config": asdict(config), "rows": len(rows), "rows_by_source": dict(Counter(row.source for row in rows)),
+            "fingerprint": data.fingerprint(rows), "device": str(device), "bf16": bf16,
+            "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "trained_parameters": sum(value.numel() for value in model.trained().values()),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__}, "commit": commit}
