@@ -3,6 +3,7 @@
 
 NumPy callers need no torch: it is looked at only where a caller already imported it.
 """
+import ctypes
 import math
 import sys
 import warnings
@@ -161,6 +162,14 @@ def _check_array(name, array, dtype, shape):
         raise _wrong(name, "contiguous and aligned", f"strides {array.strides}", "Call .copy() on it")
 
 
+def _address(array):
+    """Where an array's first element is; array.ctypes.data says it too, a microsecond later."""
+    flags = array.flags
+    if flags.c_contiguous and flags.writeable and array.size:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    return array.ctypes.data
+
+
 def _score_numpy(hidden, weight, bias, index, gain, eps, temperature, output):
     dtype = _NUMPY_DTYPES.get(hidden.dtype)
     if dtype is None:
@@ -190,7 +199,7 @@ def _score_numpy(hidden, weight, bias, index, gain, eps, temperature, output):
             return HarmScore(logit if output == "logit" else 1 / (1 + np.exp(-logit)), "numpy")
     values = np.empty(rows, np.float32)
     _native.check(_native.LIBRARY.protector_harm_score_cpu(_native.Args(
-        hidden.ctypes.data, None if index is None else index.ctypes.data, weight.ctypes.data, values.ctypes.data,
+        _address(hidden), None if index is None else _address(index), _address(weight), _address(values),
         rows, shape[-1], positions, batch_stride, row_stride, bias, -1 if eps is None else eps, temperature,
         dtype, output == "logit")))
     return HarmScore(values, "cpp")

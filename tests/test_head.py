@@ -1,4 +1,5 @@
 """harm_score against float64 and against itself: NumPy and torch, every layout, every wrong input."""
+import json
 import math
 import subprocess
 import sys
@@ -95,6 +96,9 @@ def test_layouts_agree_with_a_gather(library, monkeypatch):
         for hidden, positions, wanted in ((packed, index, gathered), (padded, last, expected)):
             values = torch.as_tensor(harm_score(convert(hidden), w, index=convert(positions), eps=1e-6).values)
             torch.testing.assert_close(values.double(), wanted, atol=1e-6, rtol=0)
+    read_only = packed.numpy().copy()
+    read_only.flags.writeable = False
+    np.testing.assert_array_equal(harm_score(read_only, weight.numpy()).values, harm_score(packed.numpy(), weight.numpy()).values)
     upside_down = packed.numpy()[::-2]
     np.testing.assert_array_equal(harm_score(upside_down, weight.numpy()).values,
                                   harm_score(upside_down.copy(), weight.numpy()).values)
@@ -292,3 +296,16 @@ print("torch" in sys.modules)
 import torch
 print(harm_score(torch.ones(1, 8), torch.zeros(8)).backend)"""
     assert run_python(code) == ["False", "cpp"]
+
+
+def test_bench_rehearses_the_gpu_script_on_the_cpu(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="the training step's backbone needs transformers (extra train)")
+    from protector import bench_head
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # inductor's own minute isn't ours to test
+    bench_head.main(["--rehearse", "--rounds", "1", "--round-s", "0", "--layers", "1", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "head_cpu.json").read_text())
+    assert capsys.readouterr().out == f"{tmp_path / 'head_cpu.json'}\n"
+    assert result["checks"]["check_correct"]["largest_error"] <= 1e-6
+    assert len(result["rehearsal"]["cells"]) == 8 and len(result["on_cpu"]["targets"]) == 4
+    assert all(us > 0 for cell in result["rehearsal"]["cells"] for us in (*cell["call_us"].values(), *cell["device_us"].values()))
+    assert result["training"]["step_us"] > result["training"]["head_forward_backward_us"]["fused"] > 0
