@@ -1,0 +1,237 @@
+"""Numbers from scores, in NumPy alone.
+
+Conventions: `scores` (n,) float, higher is more harmful; `labels` (n,) 0 or 1, 1 is harmful; an answer is flagged at
+`score >= threshold`. A number that the data can't define (AUROC of one class) is NaN, never 0 or 1.
+"""
+import math
+
+import numpy as np
+
+CONFIDENCE = 0.95
+_Z95 = 1.959963984540054  # standard normal quantile of 0.975
+
+
+def _checked(name, scores, labels):
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+    if scores.ndim != 1 or scores.shape != labels.shape:
+        raise ValueError(f"{name}: scores and labels must be (n,) of one size, got {scores.shape} and {labels.shape}.")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{name}: scores must be finite, got NaN or Inf. Leave out what has no score and count it.")
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"{name}: labels must be 0 or 1.")
+    return scores, labels.astype(bool)
+
+
+def auroc(scores, labels):
+    """Probability that a harmful answer scores above a harmless one; a tie counts half.
+
+        AUROC = (R - m (m + 1) / 2) / (m k),   R = sum of the ranks of the m harmful ones, ties get their mean rank
+
+    Args:
+        scores, labels: (n,), see the module.
+    Returns:
+        float, NaN if a class is absent.
+    Example:
+        auroc([0.1, 0.4, 0.4, 0.8], [0, 0, 1, 1])  # 0.875: of 4 pairs 3 are right and 1 is a tie
+    """
+    scores, labels = _checked("auroc", scores, labels)
+    harmful, harmless = int(labels.sum()), int((~labels).sum())
+    if not harmful or not harmless:
+        return math.nan
+    _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    mean_rank = np.cumsum(counts) - (counts - 1) / 2  # 1-based
+    return float((mean_rank[group][labels].sum() - harmful * (harmful + 1) / 2) / (harmful * harmless))
+
+
+def _counts(scores, labels):
+    """(thresholds, true positives, false positives) at every distinct score, from the highest."""
+    order = np.argsort(-scores, kind="stable")
+    scores, labels = scores[order], labels[order]
+    ends = np.flatnonzero(np.r_[scores[1:] != scores[:-1], True]) if len(scores) else np.zeros(0, int)
+    hits = np.cumsum(labels)[ends]
+    return scores[ends], hits, ends + 1 - hits
+
+
+def roc(scores, labels):
+    """(false-positive rates, true-positive rates, thresholds), from (0, 0) at threshold inf to (1, 1).
+
+    Example:
+        roc([0.2, 0.9], [0, 1])  # ([0, 0, 1], [0, 1, 1], [inf, 0.9, 0.2])
+    """
+    scores, labels = _checked("roc", scores, labels)
+    thresholds, hits, alarms = _counts(scores, labels)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.r_[0, alarms / (~labels).sum()], np.r_[0, hits / labels.sum()], np.r_[np.inf, thresholds]
+
+
+def auprc(scores, labels):
+    """Average precision: sum over distinct thresholds of (recall step) x precision, without interpolation.
+
+    Returns:
+        float, NaN without a harmful answer.
+    Example:
+        auprc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1])  # 0.8333: 1/2 * 1/1 + 1/2 * 2/3
+    """
+    scores, labels = _checked("auprc", scores, labels)
+    if not labels.any():
+        return math.nan
+    _, hits, alarms = _counts(scores, labels)
+    return float((np.diff(np.r_[0, hits]) * hits / (hits + alarms)).sum() / labels.sum())
+
+
+def f1_at(scores, labels, threshold):
+    """F1 of "flagged at score >= threshold": 2 TP / (2 TP + FP + FN).
+
+    Returns:
+        float, NaN without a harmful answer.
+    Example:
+        f1_at([0.1, 0.6, 0.9], [0, 0, 1], 0.5)  # 0.6667: one hit, one false alarm
+    """
+    scores, labels = _checked("f1_at", scores, labels)
+    flags = scores >= threshold
+    return float(2 * (flags & labels).sum() / (flags.sum() + labels.sum())) if labels.any() else math.nan
+
+
+def best_f1(scores, labels):
+    """(largest F1 over all thresholds, its threshold). Chosen on the rows it is measured on: an upper bound.
+
+    Example:
+        best_f1([0.1, 0.6, 0.9], [0, 0, 1])  # (1.0, 0.9)
+    """
+    scores, labels = _checked("best_f1", scores, labels)
+    if not labels.any():
+        return math.nan, math.nan
+    thresholds, hits, alarms = _counts(scores, labels)
+    values = 2 * hits / (hits + alarms + labels.sum())
+    best = int(values.argmax())
+    return float(values[best]), float(thresholds[best])
+
+
+def recall_at_fpr(scores, labels, fpr):
+    """Largest share of harmful answers flagged by a threshold that flags at most this share of the harmless ones.
+
+    Ties are flagged together, so the rate is never exceeded by breaking a tie in the detector's favour.
+
+    Returns:
+        float, NaN if a class is absent.
+    Example:
+        recall_at_fpr([0.9, 0.5, 0.5, 0.1], [1, 1, 0, 0], 0.01)  # 0.5: at 0.5 half of the harmless would be flagged
+    """
+    scores, labels = _checked("recall_at_fpr", scores, labels)
+    if not labels.any() or labels.all():
+        return math.nan
+    _, hits, alarms = _counts(scores, labels)
+    allowed = alarms <= fpr * (~labels).sum() + 1e-9  # 1e-9: 0.05 * 20 must allow 1
+    return float(hits[allowed].max(initial=0) / labels.sum())
+
+
+def reliability(scores, labels, bins=15):
+    """Expected calibration error and its bins of equal width.
+
+        ECE = sum_b n_b / n | mean label_b - mean score_b |
+
+    Args:
+        scores: (n,) in [0, 1].
+        labels: (n,).
+        bins: number of bins; the last one holds score 1.
+    Returns:
+        (ECE, list of (mean score, share harmful, n) of the bins that aren't empty)
+    Example:
+        reliability([0.0, 1.0], [0, 1])[0]  # 0.0
+    Source: Guo et al., On Calibration of Modern Neural Networks, 2017.
+    """
+    scores, labels = _checked("reliability", scores, labels)
+    if scores.size and not (0 <= scores.min() and scores.max() <= 1):
+        raise ValueError("reliability: scores must be in [0, 1]. Pass scores, not logits.")
+    index = np.minimum((scores * bins).astype(int), bins - 1)
+    rows = [(float(scores[index == b].mean()), float(labels[index == b].mean()), int((index == b).sum()))
+            for b in range(bins) if (index == b).any()]
+    if not rows:
+        return math.nan, []
+    return float(sum(n * abs(share - mean) for mean, share, n in rows) / len(scores)), rows
+
+
+def bootstrap(statistic, *columns, groups=None, draws=1000, confidence=CONFIDENCE, seed=0):
+    """Percentile interval of a statistic over resampled rows.
+
+    Args:
+        statistic: function of the columns -> float; NaN draws (a class is absent) are left out.
+        columns: arrays of one length n.
+        groups: (n,) or None; rows of one group (answers to one question) are drawn together, or the interval of data with
+            many answers per question comes out too narrow.
+        draws: resamples.
+        confidence: of the interval.
+        seed: of the draws; the same seed gives the same interval.
+    Returns:
+        (low, high), NaN if no draw defines the statistic.
+    Example:
+        bootstrap(np.mean, [0, 0, 1, 1], seed=0)  # (0.0, 1.0)
+    """
+    columns = [np.asarray(column) for column in columns]
+    n = len(columns[0])
+    if any(len(column) != n for column in columns) or groups is not None and len(groups) != n:
+        raise ValueError("bootstrap: columns and groups must have one length.")
+    if n == 0:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    members = None
+    if groups is not None:
+        _, index = np.unique(np.asarray(groups), return_inverse=True)
+        order = np.argsort(index, kind="stable")
+        members = np.split(order, np.cumsum(np.bincount(index))[:-1])
+    values = []
+    for _ in range(draws):
+        if members is None:
+            rows = rng.integers(0, n, n)
+        else:
+            rows = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+        values.append(statistic(*(column[rows] for column in columns)))
+    values = np.asarray(values, np.float64)
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return math.nan, math.nan
+    low, high = np.percentile(values, [50 * (1 - confidence), 50 * (1 + confidence)])
+    return float(low), float(high)
+
+
+def wilson(k, n, z=_Z95):
+    """Interval of a rate k / n: (low, high); right near 0 and 1, where k / n +- z s isn't.
+
+        (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    Args:
+        k: successes.
+        n: trials.
+        z: normal quantile; 1.96 gives 95 %.
+    Returns:
+        (low, high); (NaN, NaN) for n = 0.
+    Example:
+        wilson(0, 100)  # (0.0, 0.037)
+    Source: Wilson, JASA 1927.
+    """
+    if not 0 <= k <= n:
+        raise ValueError(f"wilson: k must be between 0 and n, got {k} of {n}.")
+    if n == 0:
+        return math.nan, math.nan
+    p = k / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    centre, scale = p + z * z / (2 * n), 1 + z * z / n
+    low, high = (centre - half) / scale, (centre + half) / scale
+    return (0.0 if k == 0 else low), (1.0 if k == n else high)  # exact ends: the formula leaves 1e-17
+
+
+def rate(flags):
+    """A share with all that belongs to it.
+
+    Args:
+        flags: (n,) of 0, 1 or bool; None marks a missing one, which counts neither way.
+    Returns:
+        {"rate", "low", "high", "k", "n", "missing"}; rate is None if n = 0.
+    Example:
+        rate([True, None, False])  # rate 0.5 of n 2, missing 1
+    """
+    known = [bool(flag) for flag in flags if flag is not None]
+    k, n = sum(known), len(known)
+    low, high = wilson(k, n)
+    return {"rate": k / n if n else None, "low": low if n else None, "high": high if n else None, "k": k, "n": n,
+            "missing": len(flags) - n}
