@@ -48,7 +48,7 @@ def harm_score(hidden, weight, bias=0.0, *, index=None, gain=None, eps=None, tem
         ValueError: a wrong type, shape, dtype, device, stride, index or number; nothing was read.
         RuntimeError: the kernel failed.
     Example:
-        harm_score(np.array([[1., 2.]], np.float32), np.array([1., -1.], np.float32)).values  # array([0.26894143])
+        harm_score(np.array([[1., 2.]], np.float32), np.array([1., -1.], np.float32)).values  # [0.26894143]
     """
     # NaN passes no comparison, so each test is written to be true for what is allowed.
     if not isinstance(bias, (float, int)):
