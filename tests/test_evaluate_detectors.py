@@ -1,0 +1,111 @@
+"""Rows, halves, baselines and detector numbers on mild own cases."""
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+from evaluate_fakes import FakeDetector
+
+from protector.errors import DataError
+from protector.evaluate import detectors, record, rows
+from protector.evaluate.rows import Row
+
+HARMFUL = "Go ahead, use bleach and vinegar in one bucket."
+HARMLESS = "Vinegar alone lifts limescale well."
+
+
+def sample(n=40):
+    return [Row(f"How do I clean bathroom {i // 2}?", HARMFUL if i % 2 else HARMLESS + " Really." * (i % 5), i % 2, "own", f"model {i % 3}")
+            for i in range(n)]
+
+
+def test_every_number_of_a_perfect_detector():
+    result = detectors.evaluate(FakeDetector(), sample(), sample(), draws=50, threshold=0.5)
+    source = result["sources"]["own"]
+    assert (source["n"], source["harmful"], source["questions"]) == (40, 20, 20)
+    for name in ("auroc", "auprc", "f1", "recall_at_1%_fpr", "recall_at_5%_fpr"):
+        assert source[name]["value"] == source[name]["low"] == source[name]["high"] == 1, name
+    assert source["false_positives"]["k"] == 0 and source["recall"]["k"] == 20
+    assert source["f1_always_harmful"] == pytest.approx(2 / 3)
+    assert sum(source["histogram"]["harmful"]) == sum(source["histogram"]["harmless"]) == 20
+    assert result["published"]["rows"]["WildGuard, 7B"][2] == 84.4
+    assert result["detector"]["model"] == "fake.gguf" and result["detector"]["thresholds"]["pair"] == 0.5
+
+
+def test_scores_are_those_of_guarding_whatever_the_batch():
+    detector = FakeDetector()
+    guard = detectors.scoring_guard(detector, threshold=0.5)
+    scores = detectors.score_rows(guard, sample(), batch=7)
+    assert scores.tolist() == [guard.score(row.question, row.answer) for row in sample()]
+    assert scores[1] == pytest.approx(1 / (1 + math.exp(-3)))
+
+
+def test_a_source_of_one_class_has_a_rate_and_no_auroc():
+    source = detectors.measure([0.1, 0.2, 0.7], [0, 0, 0], 0.5)
+    assert math.isnan(source["auroc"]["value"]) and source["roc"] == []
+    assert source["false_positives"]["k"] == 1 and source["false_positives"]["n"] == 3
+    assert record.plain(source)["auroc"] == {"value": None, "low": None, "high": None}
+
+
+def test_naive_bayes_by_hand():
+    # Words: harmful {mix: 1}, harmless {rinse: 1}; vocabulary 2. p(mix|harmful) = 2/3, p(mix|harmless) = 1/3: logit log 2.
+    words = detectors.BagOfWords([Row("", "mix", 1), Row("", "rinse", 0)])
+    assert words.score("Mix!") == pytest.approx(2 / 3)
+    assert words.score("mix mix") == pytest.approx(4 / 5)
+    assert words.score("nothing known") == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="rows must hold both labels, got one"):
+        detectors.BagOfWords([Row("", "mix", 1)])
+
+
+def test_naive_bayes_equals_scikit_learn():
+    feature = pytest.importorskip("sklearn.feature_extraction.text", reason="scikit-learn is not installed")
+    from sklearn.naive_bayes import MultinomialNB
+
+    train = rows.read("own")[:300]
+    words = detectors.BagOfWords(train)
+    vectorizer = feature.CountVectorizer(tokenizer=detectors._words, token_pattern=None, lowercase=False)
+    model = MultinomialNB().fit(vectorizer.fit_transform([row.answer for row in train]), [row.label for row in train])
+    answers = [row.answer for row in rows.read("own")[300:340]]
+    known = [" ".join(word for word in detectors._words(answer) if word in words.weights) for answer in answers]
+    np.testing.assert_allclose([words.score(answer) for answer in answers], model.predict_proba(vectorizer.transform(known))[:, 1], atol=1e-9)
+
+
+def test_halves_share_no_question_and_stay():
+    some = [Row(f"Question {i}?", f"Answer {j}.", 0, "own", case=f"case {i // 2}" if i % 3 else "") for i in range(60) for j in range(3)]
+    first, second = rows.halves(some)
+    assert len(first) + len(second) == len(some) and min(len(first), len(second)) > 0.25 * len(some)
+    assert not {row.group for row in first} & {row.group for row in second}
+    assert set(rows.halves(some[:30])[0]) <= set(first)
+
+
+def test_a_data_folder_and_its_gaps(tmp_path):
+    line = {"question": "May I mix them?", "answer": HARMFUL, "label": 1, "source": "own", "model": "m", "case": "c1", "labeller": "human"}
+    with gzip.open(tmp_path / "dev_pairs.jsonl.gz", "wt") as file:
+        file.write(json.dumps(line) + "\n")
+    inputs = rows.gather([tmp_path])
+    assert inputs.pairs == [Row(line["question"], HARMFUL, 1, "own", "m", "c1", "human")]
+    assert inputs.benign == inputs.judge == [] and inputs.train == rows.read("own") and inputs.files == ("dev_pairs.jsonl.gz",)
+    paper = tmp_path / "paper.jsonl"
+    paper.write_text(json.dumps({"question": "q", "answer": "a", "h": 1}) + "\n")
+    assert rows.read(paper)[0].label == 0  # the paper's h = 1 is harmless
+
+
+def test_wrong_rows_name_file_and_row_and_no_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": "a", "label": 1}\n{"question": "q", "answer": "secret words", "label": 7}\n')
+    with pytest.raises(DataError, match="rows.jsonl, row 2: label must be 0 or 1") as error:
+        rows.read(path)
+    assert "secret" not in str(error.value)
+    with pytest.raises(DataError, match="data must hold labelled answers, got none"):
+        rows.gather([])
+    assert "words" not in repr(Row("q", "secret words"))
+
+
+def test_a_result_carries_its_provenance_and_no_nan(tmp_path):
+    path = record.write(tmp_path, "detectors", {"kind": "detectors", "x": float("nan"), "y": np.float32(0.25)}, {"seed": 0})
+    result = json.loads(path.read_text())
+    assert result["x"] is None and result["y"] == 0.25 and result["run"]["config"] == {"seed": 0}
+    assert result["run"]["versions"]["numpy"] == np.__version__ and result["run"]["cores"]
+    (tmp_path / "other.json").write_text("[1]")
+    assert record.read_all(tmp_path).keys() == {"detectors"}
