@@ -1,0 +1,117 @@
+"""One chat request to any OpenAI-compatible server, with patience: what fails is tried again, and then it is an error."""
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from ..errors import ProtectorError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+_LONGEST_WAIT_S = 60.0
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+
+
+class EndpointError(ProtectorError, RuntimeError):
+    """A server gave no usable answer after every attempt; holds no text of a question or an answer."""
+
+
+class Endpoint:
+    """A model behind POST {url}/chat/completions; safe to use from many threads.
+
+    Args:
+        url: base address, with or without /v1 at its end as the server has it, e.g. http://127.0.0.1:8080/v1.
+        model: name that the server knows.
+        timeout_s: of one attempt.
+        attempts: tries before EndpointError.
+        backoff_s: wait before the second try; it doubles, and a Retry-After header counts if it is longer.
+        key_variable: environment variable with the key; sent as a bearer token if set, written nowhere.
+    Raises:
+        ValueError: the address isn't http(s).
+    """
+
+    def __init__(self, url, model, timeout_s=120.0, attempts=5, backoff_s=1.0, key_variable=KEY_VARIABLE):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"Endpoint: url must begin with http:// or https://, got {url!r}.")
+        self.url, self.model = url.rstrip("/"), model
+        self.timeout_s, self.attempts, self.backoff_s, self.key_variable = timeout_s, attempts, backoff_s, key_variable
+        self.counters, self._lock = Counter(), threading.Lock()
+
+    def chat(self, messages, max_tokens=512, temperature=0.0, accept=None, **options):
+        """The answer's text.
+
+        Args:
+            messages: as OpenAI's; content may be a list of text and image parts.
+            max_tokens, temperature: of the answer.
+            accept: function of the text that returns what to hand back, or None for junk, which is tried again.
+            options: further fields of the request, e.g. seed.
+        Returns:
+            str, or what `accept` returned.
+        Raises:
+            EndpointError: no usable answer after every attempt, or a request that the server will never take.
+        """
+        body = json.dumps({"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature,
+                           **options}).encode()
+        headers = {"Content-Type": "application/json"}
+        key = os.environ.get(self.key_variable)
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        wait_s, reason = self.backoff_s, ""
+        for attempt in range(self.attempts):
+            self._count("requests")
+            if attempt:
+                time.sleep(min(wait_s, _LONGEST_WAIT_S))
+                wait_s *= 2
+                self._count("retries")
+            try:
+                request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
+                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                    text = json.loads(response.read())["choices"][0]["message"]["content"]
+                if not isinstance(text, str):
+                    raise TypeError("content")
+                result = text if accept is None else accept(text)
+                if result is not None:
+                    return result
+                reason = "an answer of another form than asked for"
+            except urllib.error.HTTPError as error:
+                with error:
+                    reason = f"status {error.code}"
+                    if error.code not in _RETRIED:
+                        self._count("failed")
+                        raise EndpointError(f"chat: {self.url} must take the request, got {reason}. Check address, model and "
+                                            f"${self.key_variable}.") from None
+                    wait_s = max(wait_s, _seconds(error.headers.get("Retry-After")))
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:  # refused, hung, cut, or not this protocol
+                reason = type(error).__name__
+        self._count("failed")
+        raise EndpointError(f"chat: {self.url} must answer within {self.attempts} attempts of {self.timeout_s} s, got {reason} "
+                            "at the last. Check the server, or raise timeout_s.")
+
+    def _count(self, name):
+        with self._lock:
+            self.counters[name] += 1
+
+
+def _seconds(header):
+    try:
+        return max(float(header), 0.0)
+    except (TypeError, ValueError):  # absent, or an HTTP date
+        return 0.0
+
+
+def in_parallel(function, items, workers=4, progress=False, desc=""):
+    """Results of function(item) in order; EndpointError becomes None, which the caller shows as missing."""
+
+    def attempt(item):
+        try:
+            return function(item)
+        except EndpointError:
+            return None
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(tqdm(pool.map(attempt, items), total=len(items), disable=not progress, desc=desc))
