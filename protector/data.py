@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
@@ -154,6 +155,32 @@ def balance(rows, n, exponent=0.5, source_weights=None, seed=0):
             at += 1
     rng.shuffle(drawn)
     return drawn
+
+
+_STOCK_REFUSAL = re.compile(
+    r"\s*(?:i'?m (?:really |very |so )?sorry|sorry|i apologi[sz]e|my apologies|unfortunately|as an ai|"
+    r"i (?:can(?:'|no)?t|am unable|am not able|cannot|can not|will not|won't|do not feel|must decline|refuse))\b", re.IGNORECASE)
+
+
+def is_stock_refusal(text):
+    """Whether an answer opens as a refusal that would fit any question.
+
+    Example:
+        is_stock_refusal("I'm sorry, but I can't help with that.")  # True
+    """
+    return _STOCK_REFUSAL.match(text.replace("\u2019", "'")) is not None
+
+
+def cap_refusals(triples, share, seed=0):
+    """Drop triples at random until at most this share of the accepted answers are stock refusals.
+
+    A detoxifier that is trained on refusals alone learns one sentence for every question.
+    """
+    refusals = [triple for triple in triples if is_stock_refusal(triple.accepted)]
+    n_others = len(triples) - len(refusals)
+    keep = {id(triple) for triple in random.Random(seed).sample(
+        refusals, min(len(refusals), int(n_others * share / (1 - share)) if share < 1 else len(refusals)))}
+    return [triple for triple in triples if id(triple) in keep or not is_stock_refusal(triple.accepted)]
 
 
 def fingerprint(rows):

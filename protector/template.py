@@ -23,7 +23,7 @@ class Limits:
     window: int = 256  # answer tokens scored in one sequence
     overlap: int = 64  # answer tokens that two neighbouring windows share
     rewrite_tokens: int = 160  # room that is reserved for a rewrite
-    rejected_tokens: int = 512  # how much of a flagged answer the detoxifier reads
+    rejected_tokens: int = 256  # how much of a flagged answer the detoxifier reads: a window
 
     def __post_init__(self):
         for name, least in (("question_tokens", 1), ("overlap", 0), ("rewrite_tokens", 1), ("rejected_tokens", 1)):

@@ -53,6 +53,7 @@ class TrainConfig:
     source_weights: tuple[str, ...] = field(default=(), metadata={"help": "SOURCE=factor of how often rows are drawn"})
     loss_weights: tuple[str, ...] = field(default=(), metadata={"help": "SOURCE=factor in the loss, for weak labels"})
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "files whose questions and answers are left out"})
+    refusal_cap: float = field(default=0.2, metadata={"help": "largest share of stock refusals among accepted answers"})
     rewrite_tokens: int = field(default=160, metadata={"help": "longest accepted answer (detoxifier)"})
     init: str = field(default="", metadata={"help": "folder of trained weights to start from"})
     seed: int = field(default=0, metadata={"help": "of data order and initialisation"})
@@ -181,6 +182,8 @@ def load_rows(config):
         texts = {row.answer} if config.kind == "detector" else {row.accepted, row.rejected}
         if data._question_key(row) not in questions and not texts & answers:
             kept.append(row if row.source not in factors else _weighted(row, factors[row.source]))
+    if config.kind == "detoxifier":
+        kept = data.cap_refusals(kept, config.refusal_cap, config.seed)
     if not kept:
         raise DataError(f"train: data must hold rows for a {config.kind}, got none. A detoxifier needs triples, or "
                         "pairs with both labels for one question.")

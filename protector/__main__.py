@@ -1,0 +1,274 @@
+"""Command line: `protector COMMAND ...` or `python -m protector COMMAND ...`.
+
+Exit codes: 0 pass, 10 something was flagged, 2 wrong usage or data, 3 the guard failed.
+Data go to stdout, progress and errors to stderr. JSONL in on stdin, JSONL out on stdout in the same order.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import DataError, ProtectorError
+
+PASS, USAGE, FAILED, FLAGGED = 0, 2, 3, 10
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """guard and score: {"question", "answer"} lines on stdin, or one pair as arguments."""
+
+    question: str = option("", "one question, instead of stdin")
+    answer: str = option("", "one answer, instead of stdin")
+    detector: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
+    detoxifier: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
+    quantisation: str = option("Q8_0", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
+    threshold: float = option(-1.0, "flag at this score; -1 = the model's calibration")
+    fpr: float = option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
+    on_flag: str = option("rewrite", "rewrite, refuse or report")
+    on_error: str = option("refuse", "refuse, raise or pass")
+    deadline_ms: float = option(0.0, "per answer; 0 = none")
+    threads: int = option(0, "CPU threads; 0 = all cores")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A trained folder as GGUF."""
+
+    model: str = option("runs/detector", "folder that `protector train` wrote")
+    out: str = option("runs/detector.gguf", "file to write")
+    format: str = option("adapter", "adapter (a few MB, runs on the base) or merged (a whole model)")
+    quantisation: str = option("Q8_0", "of a merged file: F32, F16, Q8_0, Q4_0")
+    base: str = option("", "base GGUF; the default base if empty")
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Threshold with a stated false-positive rate, written into the model file."""
+
+    harmless: tuple[str, ...] = field(default=(), metadata={"help": "JSONL files of harmless answers; label 1 rows are left out",
+                                                            "positional": True})
+    detector: str = option("", "GGUF file; the shipped one if empty")
+    fpr: float = option(0.01, "bound on the false-positive rate")
+    confidence: float = option(0.95, "with which the bound holds")
+    quantisations: tuple[str, ...] = option(("Q8_0",), "of the detector's base, each calibrated on its own")
+    most: int = option(3000, "answers of one source at most")
+    threads: int = option(0, "CPU threads; 0 = all cores")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What is installed, what runs, and whether the canaries hold."""
+
+    detector: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
+
+
+def add_options(parser, config):
+    """One flag for each field of a frozen dataclass; its default is visible in --help."""
+    hints = typing.get_type_hints(config)
+    for item in dataclasses.fields(config):
+        hint, required = hints[item.name], item.default is dataclasses.MISSING
+        many = typing.get_origin(hint) is tuple
+        options = {"help": item.metadata.get("help", ""), "type": typing.get_args(hint)[0] if many else hint}
+        if hint is bool:
+            options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
+        if many:
+            options["nargs"] = "*" if not required else "+"
+        if required or item.metadata.get("positional"):
+            parser.add_argument(item.name, **options)
+            continue
+        options["help"] += f" (default: {' '.join(map(str, item.default)) if many else item.default!r})"
+        parser.add_argument("--" + item.name.replace("_", "-"), default=item.default, **options)
+
+
+def config_from(arguments, config):
+    values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(config)}
+    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _protector(config):
+    from .guard import Protector
+
+    options = {"n_threads": config.threads or None}
+    is_file = not Path(config.detector or ".").is_dir() or not config.detector
+    return Protector(
+        detector=config.detector or None, detoxifier=config.detoxifier or None,
+        threshold=None if config.threshold < 0 else config.threshold, fpr=None if config.fpr < 0 else config.fpr,
+        on_flag=config.on_flag, on_error=config.on_error, deadline_ms=config.deadline_ms or None,
+        detector_options=options | {"quantisation": config.quantisation} if is_file else {}, detoxifier_options=options)
+
+
+def _rows(config):
+    """Rows from the arguments or from stdin; a malformed line names its number and ends the run before any model loads."""
+    if config.answer:
+        return [{"question": config.question, "answer": config.answer}]
+    rows = []
+    for number, line in enumerate(sys.stdin, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("answer"), str) or not isinstance(row.get("question") or "", str):
+            raise DataError(f'stdin, row {number}: must be a JSON object with "question" and "answer" strings.')
+        rows.append(row)
+    return rows
+
+
+def _print_row(row):
+    # ASCII escapes: a control byte in an answer must not reach the terminal.
+    print(json.dumps(row), flush=True)
+
+
+def run_score(config):
+    rows = _rows(config)
+    guard = _protector(config)
+    for row in rows:
+        _print_row({**row, "score": guard.score(row.get("question"), row["answer"])})
+    return PASS
+
+
+def run_guard(config):
+    rows, worst = _rows(config), PASS
+    guard = _protector(config)
+    for row in rows:
+        verdict = guard.guard(row.get("question"), row["answer"])
+        extra = {"error": verdict.error} if verdict.error else {}
+        score = None if verdict.score != verdict.score else verdict.score  # NaN isn't JSON
+        _print_row({**row, "action": verdict.action, "flagged": verdict.flagged, "score": score, "text": verdict.text, **extra})
+        worst = max(worst, FLAGGED if verdict.flagged else PASS)
+        if verdict.action == "error":
+            return FAILED
+    return worst
+
+
+def run_stream(config):
+    """Read one answer from stdin as it comes and show guarded text, coloured by its running score."""
+    from .stream import StreamGuard
+
+    guard = _protector(config)
+    state = StreamGuard(guard, config.question)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    verdict = None
+
+    def show(events):
+        nonlocal verdict
+        for event in events:
+            text = "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in event.text)
+            shade = f"\x1b[38;5;{(46, 118, 190, 226, 208, 196)[min(int(state.running * 6), 5)]}m"
+            print(f"{shade}{text}\x1b[0m" if colour else text, end="", flush=True)
+            verdict = event.verdict or verdict
+
+    while not state.done and (chunk := sys.stdin.readline()):
+        show(state.push(chunk))
+    show(state.finish())
+    state.close()
+    print(f"\n[{verdict.action}, score {verdict.score:.3f}, threshold {verdict.threshold:.3f}]", file=sys.stderr)
+    return FAILED if verdict.action == "error" else FLAGGED if verdict.flagged else PASS
+
+
+def run_train(config):
+    from .train import train
+
+    train(config)
+    return PASS
+
+
+def run_export(config):
+    from . import export
+
+    print(json.dumps(export.export(config.model, config.out, config.format, config.quantisation, config.base or None)))
+    return PASS
+
+
+def run_calibrate(config):
+    from . import export
+
+    if not config.harmless:
+        raise DataError("calibrate: harmless must name at least one file, got none. Pass JSONL files of harmless answers.")
+    for entry in export.calibrate_file(config):
+        print(json.dumps(entry))
+    return PASS
+
+
+def run_doctor(config):
+    from .doctor import report
+
+    healthy = True
+    for name, value, ok in report(config.detector or None):
+        print(f"{'ok  ' if ok else 'FAIL'}  {name:14} {value}")
+        healthy &= ok
+    return PASS if healthy else FAILED
+
+
+def _commands():
+    """{name: (configuration, function, help)}; a part that needs an extra is imported when it is asked for."""
+    commands = {
+        "guard": (GuardConfig, run_guard, "guard answers: adds action, flagged, score, text"),
+        "score": (GuardConfig, run_score, "score answers: adds score"),
+        "stream": (GuardConfig, run_stream, "guard one answer from stdin while it comes"),
+        "export": (ExportConfig, run_export, "write a trained model as GGUF"),
+        "calibrate": (CalibrateConfig, run_calibrate, "set the threshold for a false-positive rate"),
+        "doctor": (DoctorConfig, run_doctor, "say what is installed and whether it works"),
+    }
+    for name, module, config, text in (
+            ("train", "train", "TrainConfig", "train a detector or a detoxifier"),
+            ("generate", "generate", "GenerateConfig", "write new training data with a strong LLM"),
+            ("evaluate", "evaluate", "EvaluateConfig", "measure detector, detoxifier and guard"),
+            ("bench", "bench", "BenchConfig", "measure speed"),
+            ("serve", "serve", "ServeConfig", "OpenAI-compatible guarded proxy"),
+            ("selftest", "selftest", "SelftestConfig", "run the attack suite against the installed model")):
+        if (Path(__file__).parent / module).is_dir() or (Path(__file__).parent / f"{module}.py").exists():
+            commands[name] = (module, config, text)
+    return commands
+
+
+def main(argv=None):
+    """Run one command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="protector", description="Guard the answers of multimodal language models.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands, argv = _commands(), sys.argv[1:] if argv is None else argv
+    for name, (first, second, text) in commands.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        if not isinstance(first, str):
+            add_options(subparser, first)
+        elif argv[:1] == [name]:
+            import importlib
+
+            try:
+                module = importlib.import_module(f".{first}", __package__)
+            except ImportError as error:
+                print(f"protector: {name} needs the package {error.name}. Run: pip install 'mllm-protector[all]'", file=sys.stderr)
+                return USAGE
+            config = getattr(module, second)
+            add_options(subparser, config)
+            run = getattr(module, "run", None) or (lambda value: run_train(value))
+            commands[name] = (config, run, text)
+    arguments = parser.parse_args(argv)
+    config, run, _ = commands[arguments.command]
+    try:
+        result = run(config_from(arguments, config))
+        return result if isinstance(result, int) else PASS
+    except (ProtectorError, ValueError) as error:
+        print(f"protector: {error}", file=sys.stderr)
+        return USAGE if isinstance(error, (DataError, ValueError)) else FAILED
+    except RuntimeError as error:
+        print(f"protector: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `protector ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PASS
+
+
+if __name__ == "__main__":
+    sys.exit(main())
