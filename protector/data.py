@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import zipfile
@@ -125,6 +126,34 @@ def split(rows, held_out=0.1, seed=0):
         digest = hashlib.sha256(f"{seed}\0{_question_key(row)}".encode("utf-8", "replace")).digest()
         sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(row)
     return sides
+
+
+def write_parts(path, folder, parts, seed=0):
+    """Split one source of labelled pairs by question into JSONL files.
+
+    Args:
+        path: what read() takes.
+        folder: where <name>.jsonl is written, whole or not at all.
+        parts: {name: share}; shares sum to 1.
+    Returns:
+        {name: number of rows}
+    """
+    if not parts or not all(share > 0 for share in parts.values()) or abs(sum(parts.values()) - 1) > 1e-6:
+        raise ValueError("write_parts: shares must be positive and sum to 1. Example: train=0.7 test=0.3")
+    pairs, triples = read(path)
+    rest, left, counts = unique(pairs + pairs_of(triples)), 1.0, {}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, share in parts.items():
+        rest, mine = split(rest, min(share / left, 1.0), seed=f"{seed}-{name}")
+        left -= share
+        counts[name] = len(mine)
+        partial = Path(folder) / f"{name}.jsonl.partial"
+        with open(partial, "w", encoding="utf-8") as file:
+            for row in mine:
+                file.write(json.dumps({"question": row.question, "answer": row.answer, "label": row.label,
+                                       "source": row.source}) + "\n")
+        os.replace(partial, partial.with_suffix(""))
+    return counts
 
 
 def balance(rows, n, exponent=0.5, source_weights=None, seed=0):

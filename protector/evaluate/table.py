@@ -1,0 +1,153 @@
+"""The table that `reproduce.sh` ends with: detector, guard and cost on answers that none of the models was trained on.
+
+    AUROC, F1, false positives    of the detector, on human-labelled answers
+    harmful before -> after       share of answers that the independent judge calls harmful, unguarded and guarded
+    ms                            median time of guard() for a harmless answer, one at a time
+"""
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..base import WEIGHTS, base_path
+from ..guard import Protector
+from . import metrics, record, rows
+from .detectors import BagOfWords, score_rows, scoring_guard
+from .embed import Embedder
+from .judge import judge_rows, train_offline
+
+ANSWER_TOKENS = 96  # of the base model's own answers
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Options of `protector table`."""
+
+    runs: str = field(default="runs/reproduce", metadata={"help": "folder with detector.gguf and detoxifier.gguf of a run; '' for the shipped ones alone"})
+    data: str = field(default="runs/reproduce/data", metadata={"help": "folder with measure.jsonl and judge.jsonl, or with dev_pairs.jsonl.gz"})
+    most: int = field(default=400, metadata={"help": "labelled answers of one source at most"})
+    answers: int = field(default=24, metadata={"help": "answers of the base model, and harmful labelled answers, that are guarded"})
+    results: str = field(default="results", metadata={"help": "folder for table.json"})
+
+
+def run(config):
+    """Measure, print the table as Markdown on stdout and write it to <results>/table.json.
+
+    Returns:
+        dict of kind "table".
+    """
+    judge_train, held_out, train = _inputs(Path(config.data))
+    by_source = {source: part[:config.most] for source, part in rows.by_source(held_out).items()}
+    chosen = [row for part in by_source.values() for row in part]
+    judge = train_offline(judge_train, chosen, Embedder())
+    harmful = _spread([row for row in chosen if row.label], config.answers)
+    harmless = _spread([row for row in chosen if not row.label], config.answers)
+    questions = [row.question for row in _spread([row for row in chosen if row.label and row.question], config.answers)]
+    own = list(zip(questions, base_answers(questions)))
+    models = {"shipped": (WEIGHTS / "detector.gguf", WEIGHTS / "detoxifier.gguf", None)}
+    if config.runs and (Path(config.runs) / "detector.gguf").exists():
+        # A model of a few minutes has no calibration: its threshold is the even one.
+        models["this run"] = (Path(config.runs) / "detector.gguf", Path(config.runs) / "detoxifier.gguf", 0.5)
+    result = {"kind": "table", "judge": judge.described(), "models": {},
+              "rows": {source: len(part) for source, part in by_source.items()}, "rows_sha256": rows.fingerprint(chosen)}
+    for name, (detector, detoxifier, threshold) in models.items():
+        result["models"][name] = _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, judge)
+    words = BagOfWords(train)
+    result["models"]["bag of words"] = _detector_numbers(np.array([words.score(row.answer) for row in chosen]), chosen, 0.5)
+    record.write(config.results, "table", result, config)
+    print(markdown(result))
+    return result
+
+
+def _inputs(folder):
+    """(rows that the judge learns from, rows to measure on, rows that a detector may have seen)."""
+    if (folder / "measure.jsonl").exists():
+        return rows.read(folder / "judge.jsonl"), rows.read(folder / "measure.jsonl"), rows.read(folder / "train.jsonl") + rows.read("own")
+    inputs = rows.gather([folder])
+    return *judge_rows(inputs.pairs, inputs.judge, inputs.train), inputs.train
+
+
+def _spread(items, n):
+    return items[::max(len(items) // n, 1)][:n]
+
+
+def base_answers(questions):
+    """The base model's own greedy answers, by llama.cpp: real answers of a real, weakly aligned model."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(base_path()), n_ctx=1024, verbose=False)
+    answers = []
+    for question in questions:
+        reply = model.create_chat_completion([{"role": "user", "content": question[:2000]}], max_tokens=ANSWER_TOKENS, temperature=0.0)
+        answers.append(reply["choices"][0]["message"]["content"])
+    return answers
+
+
+def _detector_numbers(scores, chosen, threshold):
+    labels, groups = np.array([row.label for row in chosen]), [row.group for row in chosen]
+
+    def number(statistic):
+        low, high = metrics.bootstrap(statistic, scores, labels, groups=groups, draws=500)
+        return {"value": statistic(scores, labels), "low": low, "high": high}
+
+    return {"auroc": number(metrics.auroc), "f1": number(lambda s, y: metrics.f1_at(s, y, threshold)), "threshold": threshold,
+            "false_positives": metrics.rate(list(scores[labels == 0] >= threshold)), "n": len(chosen), "harmful": int(labels.sum())}
+
+
+def _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, judge):
+    guard = Protector(detector, detoxifier, threshold=threshold)
+    scorer = scoring_guard(guard.detector, threshold=threshold)
+    numbers = _detector_numbers(score_rows(scorer, chosen), chosen, guard.thresholds["pair"])
+    times, changed = [], []
+    for row in harmless:
+        start = time.perf_counter()
+        verdict = guard.guard(row.question, row.answer)
+        times.append((time.perf_counter() - start) * 1e3)
+        changed.append((verdict.text != row.answer) != verdict.flagged)
+    numbers["harmless_changed_without_flag"] = metrics.rate(changed)
+    numbers["ms"] = {"median": float(np.median(times)), "low": float(np.min(times)), "high": float(np.max(times))}
+    for name, pairs in (("labelled", [row.pair for row in harmful]), ("base", own)):
+        verdicts = [guard.guard(question, answer) for question, answer in pairs]
+        guarded = [(question, verdict.text) for (question, _), verdict in zip(pairs, verdicts)]
+        numbers[name] = {"before": metrics.rate(judge(pairs)), "after": metrics.rate(judge(guarded)),
+                         "flagged": metrics.rate([verdict.flagged for verdict in verdicts]),
+                         "rewritten": metrics.rate([verdict.action == "rewrite" for verdict in verdicts])}
+    return numbers
+
+
+def _interval(number, digits=2):
+    return f"{number['value']:.{digits}f} [{number['low']:.{digits}f}, {number['high']:.{digits}f}]"
+
+
+def _share(rate):
+    return f"{100 * rate['rate']:.0f} % of {rate['n']}" if rate["n"] else "-"
+
+
+def markdown(result):
+    """The table as README.md shows it."""
+    columns = list(result["models"])
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+
+    def line(title, cell):
+        cells = []
+        for name in columns:
+            try:
+                cells.append(cell(result["models"][name]))
+            except KeyError:
+                cells.append("")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+
+    line("AUROC", lambda m: _interval(m["auroc"]))
+    line("F1 at the threshold", lambda m: _interval(m["f1"]))
+    line("threshold", lambda m: f"{m['threshold']:.3f}")
+    line("harmless answers flagged", lambda m: _share(m["false_positives"]))
+    line("harmless answers changed without a flag", lambda m: _share(m["harmless_changed_without_flag"]))
+    line("labelled harmful answers: flagged", lambda m: _share(m["labelled"]["flagged"]))
+    line("labelled harmful answers: judged harmful before -> after", lambda m: f"{_share(m['labelled']['before'])} -> {_share(m['labelled']['after'])}")
+    line("base model's own answers: judged harmful before -> after", lambda m: f"{_share(m['base']['before'])} -> {_share(m['base']['after'])}")
+    line("ms per harmless answer, median", lambda m: f"{m['ms']['median']:.0f}")
+    n = next(iter(result["models"].values()))
+    sources = ", ".join(f"{source} {count}" for source, count in result["rows"].items())
+    lines += ["", f"{n['n']} labelled answers ({n['harmful']} harmful): {sources}. Judge: {result['judge']}."]
+    return "\n".join(lines)
