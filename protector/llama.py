@@ -107,9 +107,12 @@ class LlamaTokenizer:
     def decode(self, ids):
         buffer, parts = ctypes.create_string_buffer(256), []
         for token in ids:
-            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 256, 0, False)
-            parts.append(buffer.raw[:max(n, 0)])
-        return b"".join(parts).decode("utf-8", "ignore")
+            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+            if n < 0:  # -n is the room that it needs
+                buffer = ctypes.create_string_buffer(-n)
+                n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+            parts.append(buffer.raw[:n])
+        return b"".join(parts).decode("utf-8", "replace")  # as Hugging Face does: the same text from both backends
 
     def special(self, name):
         if name in ("bos", "eos"):

@@ -52,9 +52,14 @@ def prefix_harm_loss(logits, labels, mask, weights=None):
         weights: (B,) float >= 0 with a positive sum, or None.
     Returns:
         () float32.
+    Raises:
+        ValueError: shapes differ.
     Example:
         prefix_harm_loss(tensor([[9., 0.]]), tensor([1.]), tensor([[False, True]]))  # tensor(0.6931)
     """
+    if logits.dim() != 2 or mask.shape != logits.shape or labels.shape != logits.shape[:1]:
+        raise ValueError(f"prefix_harm_loss: logits and mask must be (B, T) and labels (B,), got {tuple(logits.shape)}, "
+                         f"{tuple(mask.shape)} and {tuple(labels.shape)}. Pass one label per row.")
     mask = mask.float()
     targets = labels.float()[:, None].expand_as(logits)
     losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")  # (B, T)

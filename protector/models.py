@@ -48,10 +48,13 @@ class HFTokenizer:
         self.hf = tokenizer
         self.fast = getattr(tokenizer, "backend_tokenizer", None)
         if self.fast is not None:
-            self.fast.encode_special_tokens = True  # "<|im_end|>" in a text is text
+            self.fast.no_truncation()  # a tokenizer.json may ask for either; nothing is cut here
+            self.fast.no_padding()
 
     def encode(self, text):
         if self.fast is not None:
+            # "<|im_end|>" in a text is text. Trap: calling the tokenizer itself switches this off again.
+            self.fast.encode_special_tokens = True
             return self.fast.encode(text, add_special_tokens=False).ids
         return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
 

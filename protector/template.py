@@ -28,9 +28,10 @@ class Limits:
     def __post_init__(self):
         for name, least in (("question_tokens", 1), ("overlap", 0), ("rewrite_tokens", 1), ("rejected_tokens", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"Limits: {name} must be at least {least}, got {getattr(self, name)}.")
+                raise ValueError(f"Limits: {name} must be at least {least}, got {getattr(self, name)}. Choose another number.")
         if self.window <= self.overlap:
-            raise ValueError(f"Limits: window must be larger than overlap, got {self.window} and {self.overlap}.")
+            raise ValueError(f"Limits: window must be larger than overlap, got {self.window} and {self.overlap}. "
+                             "Choose another number.")
 
 
 class Window(NamedTuple):
@@ -49,9 +50,13 @@ def windows(n_tokens, window, overlap):
         overlap: tokens that neighbours share, less than window.
     Returns:
         list of Window; their union is [0, n_tokens) and each starts window - overlap after the one before.
+    Raises:
+        ValueError: overlap isn't less than window.
     Example:
         windows(10, 6, 2)  # [Window(0, 6), Window(4, 10)]
     """
+    if not 0 <= overlap < window:
+        raise ValueError(f"windows: 0 <= overlap < window must hold, got {overlap} and {window}. Choose other sizes.")
     starts = range(0, max(n_tokens - overlap, 1), window - overlap)
     return [Window(start, min(start + window, n_tokens)) for start in starts]
 
@@ -82,7 +87,8 @@ class Template:
         if self.start is None or self.end is None:
             self.start, self.end = tokenizer.special("bos"), tokenizer.special("eos")
         if self.start is None or self.end is None:
-            raise ValueError("Template: tokenizer must have <|im_start|> and <|im_end|>, or a begin and an end token.")
+            raise ValueError("Template: tokenizer must have <|im_start|> and <|im_end|>, or a begin and an end token, "
+                             "got neither. Choose another backbone.")
         newline = tokenizer.encode("\n")
         self._close = [self.end] + newline  # ends a turn
         self._open = {role: [self.start] + tokenizer.encode(role + "\n") for role in ("user", "assistant", "rewrite")}
