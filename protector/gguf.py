@@ -269,6 +269,40 @@ def _rope_order(weight, n_heads):
     return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
+def _hf_order(weight, n_heads):
+    """Inverse of _rope_order."""
+    rows = weight.reshape(n_heads, weight.shape[0] // n_heads // 2, 2, *weight.shape[1:])
+    return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def read_adapter(path, n_heads, n_kv_heads):
+    """LoRA matrices of an adapter file, by the module names of a Hugging Face llama.
+
+    Args:
+        path: adapter GGUF. n_heads, n_kv_heads: of the backbone.
+    Returns:
+        ({"layers.0.self_attn.q_proj": (A (r, in), B (out, r))} float32, alpha)
+    """
+    import gguf
+
+    reader = _reader(path)
+    tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
+    depth = int(reader.fields[_PREFIX + "depth"].contents())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, depth)
+    halves = {}
+    for block in range(depth):
+        for module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                       "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+            module = f"layers.{block}.{module}"
+            name = names.get_name("model." + module) + ".weight"
+            if name + ".lora_a" in tensors:
+                b = tensors[name + ".lora_b"]
+                if module.endswith(("q_proj", "k_proj")):
+                    b = _hf_order(b, n_heads if module.endswith("q_proj") else n_kv_heads)
+                halves[module] = (tensors[name + ".lora_a"], b)
+    return halves, float(reader.fields["adapter.lora.alpha"].contents())
+
+
 def _lora_tensors(model):
     """{GGUF name: (A (r, in), B (out, r))} float32 from a PyTorch model with peft adapters."""
     import gguf

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import gguf
 from .base import DEFAULT, base_path, cache_dir, file_sha256
 from .errors import ModelError
 from .head import harm_score
@@ -134,6 +135,7 @@ class _Model(nn.Module):
     name = "torch"
     path = None  # folder it was loaded from
     calibration = ()  # calibrate.Calibration as dicts
+    gguf_sha256 = None  # of the adapter file it was read from
 
     @property
     def limits(self):
@@ -201,6 +203,8 @@ class HarmDetector(_Model):
     @property
     def model_sha256(self):
         """Digest of the configuration and the trained tensors: calibrations refer to it."""
+        if self.gguf_sha256:
+            return self.gguf_sha256
         digest = hashlib.sha256(json.dumps({**asdict(self.config), "backbone": ""}, sort_keys=True).encode())
         for name, value in sorted(self.trained().items()):
             digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
@@ -333,21 +337,67 @@ def build(config):
     return KINDS[config.kind](config)
 
 
-def load(folder, device="auto", dtype=None):
-    """A trained model from its folder, in eval mode.
+def from_gguf(path):
+    """The PyTorch model of an adapter file that runs on the default base: the shipped weights, for a GPU or for parity.
 
     Args:
-        folder: what `protector train` wrote.
+        path: adapter GGUF.
+    Returns:
+        HarmDetector or ResponseDetoxifier, float32 on the CPU.
+    Raises:
+        ModelError: a merged file, or an adapter of another base.
+    """
+    metadata = gguf.read_metadata(path)
+    if metadata.merged or metadata.base_sha256 != file_sha256(base_path()):
+        raise ModelError(f"load: {path} must be an adapter of the default base to run in PyTorch, got another file. "
+                         "Use the folder that it was exported from.")
+    shape = read_config(base_folder())
+    matrices, alpha = gguf.read_adapter(path, shape.num_attention_heads, shape.num_key_value_heads)
+    rank = next(iter(matrices.values()))[0].shape[0]
+    model = build(ModelConfig(metadata.kind, DEFAULT, metadata.depth, rank, alpha, metadata.limits))
+    wanted = model.trained()
+    with torch.no_grad():
+        for name, value in wanted.items():
+            module = next((key for key in matrices if f".{key}.lora_" in name), None)
+            if module:
+                value.copy_(torch.from_numpy(matrices[module][0 if ".lora_A." in name else 1]))
+        if metadata.kind == "detector":
+            model.head.weight.copy_(torch.from_numpy(metadata.head_weight)[None])
+            model.head.bias.fill_(metadata.head_bias)
+    model.gguf_sha256, model.calibration, model.path = metadata.model_sha256, metadata.calibration, Path(path)
+    return model
+
+
+def read_config(folder):
+    """Hugging Face configuration of a backbone."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def load(folder, device="auto", dtype=None):
+    """A trained model, in eval mode.
+
+    Args:
+        folder: what `protector train` wrote, or an adapter GGUF of the default base.
         device: "auto" (a GPU where there is one), "cpu", "cuda".
         dtype: of the backbone; None = float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
         ModelError: a file is missing or cut, or its tensors don't fit the configuration.
     """
+    model = from_gguf(folder) if Path(folder).is_file() else _from_folder(Path(folder))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    body = model.backbone if model.config.kind == "detector" else model.lm
+    body.to(dtype or (torch.bfloat16 if device == "cuda" else torch.float32))  # the head stays float32
+    return model.to(device).eval()
+
+
+def _from_folder(folder):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
     try:
         values = json.loads((folder / "protector.json").read_text())
         if values.get("format_version") != FORMAT_VERSION or values.get("template") != TEMPLATE_ID:
@@ -372,8 +422,4 @@ def load(folder, device="auto", dtype=None):
     calibration = folder / "calibration.json"
     if calibration.exists():
         model.calibration = tuple(json.loads(calibration.read_text()))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    body = model.backbone if config.kind == "detector" else model.lm
-    body.to(dtype or (torch.bfloat16 if device == "cuda" else torch.float32))  # the head stays float32
-    return model.to(device).eval()
+    return model
