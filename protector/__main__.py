@@ -246,6 +246,7 @@ def _commands():
             ("generate", "generate", "GenerateConfig", "write new training data with a strong LLM"),
             ("evaluate", "evaluate", "EvaluateConfig", "measure detector, detoxifier and guard"),
             ("table", "evaluate.table", "TableConfig", "the table that reproduce.sh ends with"),
+            ("parity", "evaluate.parity", "ParityConfig", "compare PyTorch's scores with llama.cpp's"),
             ("bench", "bench", "BenchConfig", "measure speed"),
             ("serve", "serve", "ServeConfig", "OpenAI-compatible guarded proxy"),
             ("selftest", "selftest", "SelftestConfig", "run the attack suite against the installed model")):

@@ -1,0 +1,60 @@
+"""The README's Python blocks and command lines run as they stand, and its tables are those of results/."""
+import doctest
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_blocks_print_what_the_readme_says():
+    text = "\n".join(blocks("python"))
+    assert ">>> import protector" in text
+    test = doctest.DocTestParser().get_doctest(text, {}, "README", "README.md", 0)
+    runner = doctest.DocTestRunner(optionflags=FLAGS)
+    failures = []
+    runner.run(test, out=failures.append)
+    assert runner.tries > 5 and runner.failures == 0, "".join(failures)
+
+
+@pytest.mark.parametrize("block", blocks("console"))
+def test_command_lines_print_what_the_readme_says(block):
+    lines = block.splitlines()
+    commands = [i for i, line in enumerate(lines) if line.startswith("$ ")]
+    assert commands
+    for number, at in enumerate(commands):
+        end = commands[number + 1] if number + 1 < len(commands) else len(lines)
+        words = shlex.split(lines[at][2:])
+        assert words[0] == "protector", "the README shows this program's commands"
+        done = subprocess.run([sys.executable, "-m", "protector", *words[1:]], capture_output=True, text=True, cwd=ROOT,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode in (0, 10), done.stderr
+        want = "\n".join(lines[at + 1:end]) + "\n"
+        assert doctest.OutputChecker().check_output(want, done.stdout, FLAGS), f"{lines[at]}\nwant: {want}\ngot: {done.stdout}"
+
+
+def test_tables_are_those_of_the_results():
+    from protector.evaluate import table
+
+    marked = dict(re.findall(r"<!-- from results/(\w+)\.json -->\n(.*?)\n<!-- end -->", README, re.DOTALL))
+    assert "table" in marked
+    for name, text in marked.items():
+        assert text.strip() == table.RENDERERS[name](json.loads((ROOT / "results" / f"{name}.json").read_text())).strip(), name
+
+
+def test_every_file_that_the_readme_names_is_there():
+    files = [name for line in README.splitlines() if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
+    missing = [name for name in files if "/" in name and not (ROOT / name).exists()]
+    assert not missing
