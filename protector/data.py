@@ -20,6 +20,7 @@ import os
 import random
 import re
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,11 @@ def unique(rows):
     labels = {}
     for row in rows:
         labels.setdefault(_text_key(row), set()).add(getattr(row, "label", 0))
-    return list({_text_key(row): row for row in reversed(rows) if len(labels[_text_key(row)]) == 1}.values())[::-1]
+    kept = {}
+    for row in rows:
+        if len(labels[_text_key(row)]) == 1:
+            kept.setdefault(_text_key(row), row)
+    return list(kept.values())
 
 
 def split(rows, held_out=0.1, seed=0):
@@ -151,7 +156,7 @@ def write_parts(path, folder, parts, seed=0):
         with open(partial, "w", encoding="utf-8") as file:
             for row in mine:
                 file.write(json.dumps({"question": row.question, "answer": row.answer, "label": row.label,
-                                       "source": row.source}) + "\n")
+                                       "source": row.source, "weight": row.weight}) + "\n")
         os.replace(partial, partial.with_suffix(""))
     return counts
 
@@ -187,7 +192,7 @@ def balance(rows, n, exponent=0.5, source_weights=None, seed=0):
 
 
 _STOCK_REFUSAL = re.compile(
-    r"\s*(?:i'?m (?:really |very |so )?sorry|sorry|i apologi[sz]e|my apologies|unfortunately|as an ai|"
+    r"\s*(?:i(?:'| a)?m (?:really |very |so )?sorry|sorry|i apologi[sz]e|my apologies|unfortunately|as an ai|"
     r"i (?:can(?:'|no)?t|am unable|am not able|cannot|can not|will not|won't|do not feel|must decline|refuse))\b", re.IGNORECASE)
 
 
@@ -227,23 +232,26 @@ def _text_key(row):
     return (row.question, row.answer) if isinstance(row, Pair) else (row.question, row.accepted, row.rejected)
 
 
-def _sort(row, pairs, triples, name):
+def _sort(row, pairs, triples, source):
     """Check one raw row and append it as Pair or Triple; KeyError, TypeError or ValueError say what is wrong."""
     if not isinstance(row, dict):
         raise ValueError("must be a JSON object")
     if "prompt" in row and "response_0" in row:
         prompt = _text(row, "prompt", empty=True)
         # The paper's h: 1 = harmless. Flipped here and in `_label`, nowhere else.
-        answers = [(_text(row, f"response_{i}"), 1 - int(bool(row[f"is_response_{i}_safe"]))) for i in (0, 1)]
-        pairs += [Pair(prompt, answer, label, name) for answer, label in answers]
+        answers = [(_text(row, f"response_{i}"), 1 - _bit(row[name], name))
+                   for i, name in enumerate(("is_response_0_safe", "is_response_1_safe"))]
+        pairs += [Pair(prompt, answer, label, source) for answer, label in answers]
         if answers[0][1] != answers[1][1]:
             (good, _), (bad, _) = sorted(answers, key=lambda item: item[1])
-            triples.append(Triple(prompt, good, bad, name))
+            triples.append(Triple(prompt, good, bad, source))
         return
     question = _text(row, "question", empty=True)
-    source, weight = str(row.get("source") or name), float(row.get("weight", 1.0))
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"weight must be a number >= 0, got {weight}")
+    source, weight = str(row.get("source") or source), row.get("weight", 1.0)
+    if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        # A message never shows what a column holds: it may be text in the wrong place.
+        raise ValueError(f"weight must be a finite number >= 0, got {type(weight).__name__}")
+    weight = float(weight)
     if "rejected" in row:
         triples.append(Triple(question, _text(row, "accepted"), _text(row, "rejected"), source, weight))
     else:
@@ -279,13 +287,13 @@ def _jsonl_rows(path):
     opener = gzip.open if path.endswith(".gz") else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rb") as lines:  # a text file decodes ahead, and its error would name an earlier row
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:
+                    yield number, json.loads(line.decode())
+    except (ValueError, RecursionError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         # The decoder's own message may quote the row, which is not for a log.
-        row = number if isinstance(error, json.JSONDecodeError) else number + 1
+        row = number if isinstance(error, (ValueError, RecursionError)) else number + 1
         raise DataError(f"{path}, row {row}: must be one JSON object in UTF-8 per line, got "
                         f"{type(error).__name__}.") from None
 
@@ -303,19 +311,27 @@ def _pyrit_rows(path):
     if path.is_dir():
         files = {str(file): file.read_bytes() for file in sorted(path.rglob("*.csv"))}
     else:
-        with zipfile.ZipFile(path) as wheel:
-            files = {name: wheel.read(name) for name in sorted(wheel.namelist())
-                     if _PYRIT_CSVS in name and name.endswith(".csv")}
+        try:
+            with zipfile.ZipFile(path) as wheel:
+                files = {name: wheel.read(name) for name in sorted(wheel.namelist())
+                         if _PYRIT_CSVS in name and name.endswith(".csv")}
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise DataError(f"{path}: must be a whole wheel, got {type(error).__name__}. Download it again.") from None
     if not files:
         raise DataError(f"{path}: holds no CSV under {_PYRIT_CSVS}. Pass the wheel pyrit-*.whl or its folder.")
     for name, content in files.items():
-        lines = io.StringIO(content.decode("utf-8-sig"))
-        first = lines.readline()
-        if not first.startswith("#"):  # the files begin with a version line, not with the header
-            lines.seek(0)
-        for number, row in enumerate(csv.DictReader(lines), 1):
-            scores = [float(row[key]) for key in row if key and key.startswith("human_score") and row[key]]
-            mean = sum(scores) / len(scores) if scores else 0.25
-            if not 0.2 < mean < 0.33:
-                yield f"{Path(name).name}:{number}", {"question": row["objective"], "answer": row["assistant_response"],
-                                                      "label": int(mean >= 0.33), "source": "pyrit"}
+        number = 0
+        try:
+            lines = io.StringIO(content.decode("utf-8-sig"))
+            first = lines.readline()
+            if not first.startswith("#"):  # the files begin with a version line, not with the header
+                lines.seek(0)
+            for number, row in enumerate(csv.DictReader(lines), 1):
+                scores = [float(row[key]) for key in row if key and key.startswith("human_score") and row[key]]
+                mean = sum(scores) / len(scores) if scores else 0.25
+                if mean <= 0.2 or mean >= 0.33:
+                    yield f"{Path(name).name}:{number}", {"question": row["objective"], "answer": row["assistant_response"],
+                                                          "label": int(mean >= 0.33), "source": "pyrit"}
+        except (ValueError, KeyError, csv.Error) as error:
+            raise DataError(f"{path}, row {Path(name).name}:{number}: must have objective, assistant_response and numbers as "
+                            f"human_score, got {type(error).__name__}. Download it again.") from None
