@@ -47,3 +47,30 @@ class FakeDetoxifier:
 
     def generate(self, prompt, max_tokens, temperature=0.0, seed=0, deadline=None):
         return self.text, 8, True
+
+
+def tiny_llava(folder):
+    """Folder of a randomly initialised LLaVA (CLIP + Llama, some 20,000 weights) with a real processor."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "user", "assistant", ":", "what", "is", "this", "a", "cup", "rinse", "it", "mix", "them", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+                                   additional_special_tokens=["<image>"])
+    template = ("{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} "
+                "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}")
+    processor = LlavaProcessor(CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), fast, patch_size=14,
+                               vision_feature_select_strategy="default", chat_template=template, num_additional_image_tokens=1)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14),
+        text_config=LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0,
+                    bos_token_id=2, eos_token_id=3), image_token_id=4, vision_feature_layer=-2))
+    path = folder / "llava"
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path

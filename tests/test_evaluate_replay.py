@@ -129,7 +129,9 @@ def test_rewrite_metrics_by_hand():
 
 @needs_base
 def test_perplexity_equals_a_token_by_token_pass():
-    model = rewrites.BasePerplexity(n_threads=1)
+    from protector.evaluate.base_model import BaseModel
+
+    model = BaseModel(n_threads=1)
     losses = model.losses("What cleans a kettle?", "Vinegar and hot water.")
     ids = model.template.encode("Vinegar and hot water.")
     assert len(losses) == len(ids) and np.isfinite(losses).all()
@@ -137,8 +139,8 @@ def test_perplexity_equals_a_token_by_token_pass():
     prefix = model.template.prefix(model.template.encode("What cleans a kettle?"))
     single = [model.of_ids(prefix + ids[:i], ids[i:i + 1])[0] for i in range(len(ids))]
     np.testing.assert_allclose(losses, single, atol=0.05)
-    assert model("", "Water boils at 100 degrees.") < model("", "degrees at boils Water 100.")
-    assert math.isnan(model("q", ""))
+    assert model.perplexity("", "Water boils at 100 degrees.") < model.perplexity("", "degrees at boils Water 100.")
+    assert math.isnan(model.perplexity("q", ""))
 
 
 def test_utility_by_hand():

@@ -1,5 +1,4 @@
 """What the detoxifier writes: harmless, about the question, not a copy, not only a refusal, and readable."""
-import ctypes
 import math
 import re
 
@@ -55,56 +54,6 @@ def on_topic(questions, rewrites, embed):
     return {"on_topic": metrics.rate(list(own > bar)), "own": float(own.mean()), "shuffled": float(shuffled.mean()), "bar": bar}
 
 
-class BasePerplexity:
-    """exp(mean negative log-likelihood per token) of an answer to its question under the base model, without any adapter.
-
-    Args:
-        path: base GGUF; the default base if None.
-        n_threads: CPU threads.
-    """
-
-    def __init__(self, path=None, n_threads=None):
-        from .. import llama
-        from ..base import base_path
-        from ..template import Limits, Template
-
-        weights = llama._Weights.of(path or base_path(), 0)
-        self.template = Template(llama.LlamaTokenizer(weights), Limits())
-        self.context = llama._Context(weights, None, 2048, False, n_threads)
-        self.n_vocab, self._llama, self.name = llama.llama_cpp.llama_vocab_n_tokens(weights.vocab), llama, (path or base_path()).name
-
-    def losses(self, question, answer):
-        """Negative log-likelihood of each answer token, in nats: (T,) float64; at most 1,700 tokens of the answer count."""
-        prefix = self.template.prefix(self.template.clip_question(question)[0])
-        target = self.template.encode(answer)[:1700]
-        return self.of_ids(prefix, target)
-
-    def of_ids(self, prefix, target):
-        """Negative log-likelihood of each target id after the prefix's: (T,) float64."""
-        library, step = self._llama.llama_cpp, self._llama._BATCH_TOKENS
-        ids, losses = list(prefix) + list(target), []
-        if len(ids) > self.context.n_ctx:
-            raise ValueError(f"of_ids: prefix and target must fit {self.context.n_ctx} tokens, got {len(ids)}. Shorten the target.")
-        with self.context.lock:
-            self.context.clear()
-            for start in range(0, len(ids) - 1, step):  # the last id predicts nothing
-                part = range(start, min(start + step, len(ids) - 1))
-                self.context.decode([(ids[t], t, 0, t + 1 >= len(prefix)) for t in part])
-                for t in part:
-                    if t + 1 >= len(prefix):
-                        pointer = library.llama_get_logits_ith(self.context.pointer, ctypes.c_int32(t - start))
-                        logits = np.ctypeslib.as_array(pointer, (self.n_vocab,)).astype(np.float64)
-                        top = logits.max()
-                        losses.append(top + math.log(np.exp(logits - top).sum()) - logits[ids[t + 1]])
-            self.context.clear()
-        return np.array(losses)
-
-    def __call__(self, question, answer):
-        """Perplexity, NaN for an empty answer."""
-        losses = self.losses(question, answer)
-        return float(np.exp(losses.mean())) if len(losses) else math.nan
-
-
 def evaluate(outcomes, judge, embed, perplexity=None, progress=False):
     """Detoxifier metrics of what a replay flagged.
 
@@ -112,7 +61,7 @@ def evaluate(outcomes, judge, embed, perplexity=None, progress=False):
         outcomes: list of replay.Outcome; the harmful answers that were flagged are measured, by their labels.
         judge: a judge of judge.py.
         embed: Embedder for relevance, or None to leave it out.
-        perplexity: BasePerplexity, or None to leave fluency out.
+        perplexity: BaseModel, or None to leave fluency out.
     Returns:
         dict of kind "rewrites".
     """
@@ -137,7 +86,7 @@ def evaluate(outcomes, judge, embed, perplexity=None, progress=False):
         if embed else None}
     if perplexity:
         def median(pairs):
-            values = [perplexity(*pair) for pair in pairs]
+            values = [perplexity.perplexity(*pair) for pair in pairs]
             values = [value for value in values if not math.isnan(value)]
             low, high = metrics.bootstrap(np.median, values) if values else (math.nan,) * 2
             return {"median": float(np.median(values)) if values else None, "low": low, "high": high, "n": len(values)}

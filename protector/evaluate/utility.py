@@ -16,9 +16,9 @@ from .rows import Row, by_source, fingerprint
 
 def seconds_per_token(n_tokens=48, path=None):
     """Time per token of the base model writing on this machine; an MLLM, some fifty times its size, is slower."""
-    from .rewrites import BasePerplexity
+    from .base_model import BaseModel
 
-    model = BasePerplexity(path)
+    model = BaseModel(path)
     prompt = model.template.prefix(model.template.encode("Describe a kitchen."))
     filler = model.template.encode("A kitchen has a table, a sink and a window. " * 20)[:n_tokens + 1]
     with model.context.lock:

@@ -1,0 +1,258 @@
+"""Multimodal models behind one small interface: client(question, image) -> answer, image a path or None.
+
+    OpenAIClient          any OpenAI-compatible server (vLLM, llama-server, Ollama, a hosted one)
+    LlamaVisionClient     GGUF + mmproj through llama-cpp-python
+    TransformersClient    an image-text-to-text model of transformers
+    Replay                recorded answers
+    StandIn               OCR + the base model: pixels in, text out, for a machine without MLLM weights; not an MLLM
+
+A client has a `name`, which says what answered and with which settings, and fits Protector.wrap.
+"""
+import base64
+import hashlib
+import json
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from ..base import cache_dir, file_sha256
+from ..errors import ModelError
+from .endpoint import EndpointError
+
+MAX_TOKENS = 256
+
+
+class OpenAIClient:
+    """A model behind an endpoint.
+
+    Args:
+        endpoint: Endpoint.
+        max_tokens: of an answer.
+    """
+
+    def __init__(self, endpoint, max_tokens=MAX_TOKENS):
+        self.endpoint, self.max_tokens = endpoint, max_tokens
+        self.name = f"{endpoint.model}, at most {max_tokens} tokens"
+
+    def __call__(self, question, image=None):
+        content = [{"type": "text", "text": question}]
+        if image is not None:
+            content.insert(0, {"type": "image_url", "image_url": {"url": data_url(image)}})
+        return self.endpoint.chat([{"role": "user", "content": content if image is not None else question}], self.max_tokens)
+
+
+def data_url(image):
+    """An image file as a data: address.
+
+    Example:
+        data_url("a.png")  # 'data:image/png;base64,iVBOR...'
+    """
+    kind = {"jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}.get(Path(image).suffix.lower().lstrip("."), "png")
+    return f"data:image/{kind};base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+
+
+class LlamaVisionClient:
+    """A GGUF vision model with its projector, in this process.
+
+    Args:
+        model: GGUF file of the language model.
+        mmproj: GGUF file of the projector.
+        max_tokens: of an answer.
+        n_threads: CPU threads; llama-cpp-python's default if None.
+    Raises:
+        ModelError: a file is missing or llama.cpp can't load it.
+    """
+
+    def __init__(self, model, mmproj, max_tokens=MAX_TOKENS, n_threads=None, n_gpu_layers=-1):
+        import llama_cpp
+        from llama_cpp.llama_chat_format import MTMDChatHandler
+
+        for path in (model, mmproj):
+            if not Path(path).is_file():
+                raise ModelError(f"LlamaVisionClient: model and mmproj must be GGUF files, got no file at {path}. Check the path.")
+        try:
+            self.llama = llama_cpp.Llama(str(model), chat_handler=MTMDChatHandler(clip_model_path=str(mmproj), verbose=False),
+                                         n_ctx=8192, n_threads=n_threads, n_gpu_layers=n_gpu_layers, verbose=False)
+        except ValueError as error:
+            raise ModelError(f"LlamaVisionClient: model must be a vision GGUF that llama.cpp loads, got {error}.") from None
+        self.max_tokens, self.name, self._lock = max_tokens, f"{Path(model).stem}, at most {max_tokens} tokens", threading.Lock()
+
+    def __call__(self, question, image=None):
+        content = [{"type": "text", "text": question}]
+        if image is not None:
+            content.insert(0, {"type": "image_url", "image_url": {"url": data_url(image)}})
+        with self._lock:
+            reply = self.llama.create_chat_completion([{"role": "user", "content": content}], max_tokens=self.max_tokens, temperature=0.0)
+        return reply["choices"][0]["message"]["content"] or ""
+
+
+class TransformersClient:
+    """An image-text-to-text model of transformers; also gives likelihoods to likelihood.py.
+
+    Args:
+        folder: folder or hub name; no remote code is run.
+        max_tokens: of an answer.
+        device: torch device, "cuda" where there is one if None.
+    """
+
+    def __init__(self, folder, max_tokens=MAX_TOKENS, device=None):
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.torch = torch
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(self.device).eval()
+        except (OSError, ValueError) as error:
+            raise ModelError(f"TransformersClient: folder must hold an image-text-to-text model, got {type(error).__name__}: {error}") from None
+        self.max_tokens, self.name = max_tokens, f"{Path(folder).name}, at most {max_tokens} tokens"
+
+    def inputs(self, question, image=None):
+        """What the model reads: a user's turn and the opened answer."""
+        content = [{"type": "text", "text": question}]
+        if image is not None:
+            content.insert(0, {"type": "image", "image": opened(image)})
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
+                                                  return_dict=True, return_tensors="pt").to(self.device)
+
+    def __call__(self, question, image=None):
+        inputs = self.inputs(question, image)
+        with self.torch.inference_mode():
+            ids = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
+        return self.processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+
+    def losses(self, question, answer, image=None):
+        """Negative log-likelihood of each answer token in nats, given the question and an image or none: (T,) float64."""
+        torch, inputs = self.torch, self.inputs(question, image)
+        target = self.processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt").input_ids.to(self.device)  # (1, T)
+        n_prompt = inputs["input_ids"].shape[1]
+        extended = {}
+        for name, value in inputs.items():
+            if torch.is_tensor(value) and value.shape == (1, n_prompt):  # masks and token types go along with the ids
+                tail = target if name == "input_ids" else torch.full_like(target, int(name == "attention_mask"))
+                value = torch.cat([value, tail.to(value.dtype)], dim=1)
+            extended[name] = value
+        with torch.inference_mode():
+            logits = self.model(**extended).logits[0, n_prompt - 1:-1].double()  # (T, V)
+        return torch.nn.functional.cross_entropy(logits, target[0], reduction="none").cpu().numpy()
+
+
+def opened(image):
+    """An image file in RGB."""
+    from PIL import Image
+
+    with Image.open(image) as file:
+        return file.convert("RGB")
+
+
+class Replay:
+    """Answers that were recorded elsewhere.
+
+    Args:
+        answers: {(question, image key or ""): answer}; an image's key is its file name.
+        name: of the model that wrote them.
+    Raises (on call):
+        EndpointError: nothing was recorded, which counts as missing.
+    """
+
+    def __init__(self, answers, name):
+        self.answers, self.name = answers, f"{name}, recorded"
+
+    def __call__(self, question, image=None):
+        try:
+            return self.answers[question, Path(image).name if image is not None else ""]
+        except KeyError:
+            raise EndpointError("Replay: answers must hold this question and image, got neither. Record it first.") from None
+
+
+class StandIn:
+    """OCR reads the image and the base model answers question and text together. It sees letters only, no picture.
+
+    Args:
+        model: BaseModel; made if None.
+        max_tokens: of an answer.
+    """
+
+    def __init__(self, model=None, max_tokens=128, n_threads=None):
+        from .base_model import BaseModel
+
+        self.model, self.max_tokens = model or BaseModel(n_threads=n_threads), max_tokens
+        self.name = f"stand-in, not an MLLM: RapidOCR + {self.model.name}, at most {max_tokens} tokens"
+        self._ocr, self._lock, self._read = None, threading.Lock(), {}
+
+    def read(self, image):
+        """The text in an image, one line per line found; "" for an image without text."""
+        with self._lock:
+            key = file_sha256(image)
+            if key not in self._read:
+                if self._ocr is None:
+                    try:
+                        from rapidocr_onnxruntime import RapidOCR
+                    except ImportError:
+                        raise ModelError("StandIn: rapidocr-onnxruntime must be installed, got none. Run: pip install rapidocr-onnxruntime") from None
+                    self._ocr = RapidOCR()
+                lines, _ = self._ocr(str(image))
+                self._read[key] = "\n".join(line[1] for line in lines or ())
+            return self._read[key]
+
+    def prompt(self, question, image=None):
+        """What the base model reads."""
+        text = self.read(image) if image is not None else ""
+        return f"{question}\n\nThe image shows this text:\n{text}" if text else question
+
+    def __call__(self, question, image=None):
+        return self.model.generate(self.prompt(question, image), self.max_tokens)
+
+
+class Answer(NamedTuple):
+    """What a client said and how long it took when it was asked."""
+
+    text: str
+    seconds: float
+
+
+class Cached:
+    """A client whose answers are kept on disk, so that a run resumes where it stopped.
+
+    Args:
+        client: any client of this module.
+        folder: for one JSONL file per client; the user's cache folder if None.
+    """
+
+    def __init__(self, client, folder=None):
+        self.client, self.name, self._lock = client, client.name, threading.Lock()
+        folder = Path(folder) if folder else cache_dir() / "answers"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{hashlib.sha256(client.name.encode()).hexdigest()[:16]}.jsonl"
+        self.known = {}
+        if self.path.exists():
+            content = self.path.read_bytes()
+            for line in content.split(b"\n"):
+                try:
+                    row = json.loads(line)
+                    self.known[row["key"]] = Answer(row["answer"], row["seconds"])
+                except (ValueError, KeyError, TypeError):  # a line that an interruption cut: asked again
+                    continue
+            if content and not content.endswith(b"\n"):
+                with open(self.path, "ab") as file:
+                    file.write(b"\n")
+
+    def ask(self, question, image=None):
+        """Answer, from disk if it is there.
+
+        Raises:
+            EndpointError: the client gave none; nothing is kept, and the next run asks again.
+        """
+        key = hashlib.sha256(f"{question}\0{file_sha256(image) if image is not None else ''}".encode("utf-8", "replace")).hexdigest()
+        if key not in self.known:
+            start = time.perf_counter()
+            answer = Answer(self.client(question, image), round(time.perf_counter() - start, 4))
+            with self._lock, open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "answer": answer.text, "seconds": answer.seconds}) + "\n")
+                self.known[key] = answer
+        return self.known[key]
+
+    def __call__(self, question, image=None):
+        return self.ask(question, image).text
