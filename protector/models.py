@@ -47,6 +47,7 @@ class HFTokenizer:
 
     def __init__(self, tokenizer):
         self.hf = tokenizer
+        self._control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self.fast = getattr(tokenizer, "backend_tokenizer", None)
         if self.fast is not None:
             self.fast.no_truncation()  # a tokenizer.json may ask for either; nothing is cut here
@@ -61,6 +62,10 @@ class HFTokenizer:
 
     def decode(self, ids):
         return self.hf.decode(ids, skip_special_tokens=True)
+
+    def is_control(self, token):
+        """Whether a token is a special one, which no rewrite may hold. Trap: all_special_ids names only some of them."""
+        return token in self._control
 
     def special(self, name):
         if name in ("bos", "eos"):
@@ -110,7 +115,7 @@ def _load_causal_lm(backbone):
 
     try:
         return AutoModelForCausalLM.from_pretrained(base_folder(backbone), dtype=torch.float32, trust_remote_code=False)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"load: backbone must be a Hugging Face causal LM, got {backbone}. {error}") from None
 
 
@@ -179,7 +184,7 @@ class HarmDetector(_Model):
         backbone = lm.base_model
         n_blocks = len(backbone.layers)
         if not 0 <= config.depth <= n_blocks:
-            raise ValueError(f"HarmDetector: depth must be 0 to {n_blocks}, got {config.depth}.")
+            raise ValueError(f"HarmDetector: depth must be 0 to {n_blocks}, got {config.depth}. Choose another depth.")
         depth = config.depth or n_blocks
         backbone.layers = backbone.layers[:depth]
         backbone.config.num_hidden_layers = depth
@@ -304,12 +309,10 @@ class ResponseDetoxifier(_Model):
         logits = causal.lm_head(hidden[has_target])  # (B, T, d) -> (M, V)
         return detox_loss(logits[None], batch["targets"][has_target][None])
 
-
     @torch.inference_mode()
     def generate(self, prompt, max_tokens, temperature=0.0, seed=0, deadline=None):
         """Text that the model writes after the prompt; see llama.LlamaDetoxifier.generate."""
         rng = torch.Generator(self.device).manual_seed(seed)
-        special = set(self.tokenizer.hf.all_special_ids) | {self.template.end}
         ids, cache, written = torch.tensor([prompt], device=self.device), None, []
         while len(written) < max_tokens:
             if deadline:
@@ -320,7 +323,7 @@ class ResponseDetoxifier(_Model):
                 token = int(logits.argmax())
             else:
                 token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=rng))
-            if token in special:
+            if token == self.template.end or self.tokenizer.is_control(token):
                 return self.tokenizer.decode(written), len(written), True
             written.append(token)
             ids = torch.tensor([[token]], device=self.device)
@@ -333,7 +336,7 @@ KINDS = {"detector": HarmDetector, "detoxifier": ResponseDetoxifier}
 def build(config):
     """A new model of the kind that the config names."""
     if config.kind not in KINDS:
-        raise ValueError(f"build: kind must be one of {', '.join(KINDS)}, got {config.kind}.")
+        raise ValueError(f"build: kind must be one of {', '.join(KINDS)}, got {config.kind}. Name one.")
     return KINDS[config.kind](config)
 
 
@@ -407,12 +410,13 @@ def _from_folder(folder):
         config = ModelConfig(**values)
         model = build(config)
         tensors = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise ModelError(f"load: {folder} must hold protector.json and a whole model.safetensors, got "
                          f"{type(error).__name__}: {error}. Train it again or copy the folder whole.") from None
     wanted = model.trained()
     if wanted.keys() != tensors.keys() or any(wanted[name].shape != tensors[name].shape for name in wanted):
-        raise ModelError(f"load: {folder}/model.safetensors must fit its protector.json, got other tensors.")
+        raise ModelError(f"load: {folder}/model.safetensors must fit its protector.json, got other tensors. "
+                         "Copy the folder whole.")
     if not all(torch.isfinite(value).all() for value in tensors.values()):
         raise ModelError(f"load: {folder}/model.safetensors must be finite, got NaN or Inf. Train it again.")
     with torch.no_grad():
@@ -421,5 +425,8 @@ def _from_folder(folder):
     model.path = folder
     calibration = folder / "calibration.json"
     if calibration.exists():
-        model.calibration = tuple(json.loads(calibration.read_text()))
+        try:
+            model.calibration = tuple(json.loads(calibration.read_text()))
+        except (TypeError, ValueError):
+            raise ModelError(f"load: {calibration} must be a JSON list, got something else. Calibrate again.") from None
     return model
