@@ -205,6 +205,10 @@ class StandIn:
     def __call__(self, question, image=None):
         return self.model.generate(self.prompt(question, image), self.max_tokens)
 
+    def losses(self, question, answer, image=None):
+        """Negative log-likelihood of each answer token in nats: (T,) float64. The text path alone: an image is its letters."""
+        return self.model.losses(self.prompt(question, image), answer)
+
 
 class Answer(NamedTuple):
     """What a client said and how long it took when it was asked."""
