@@ -1,0 +1,641 @@
+"""OpenAI's chat format: which text of a request is the question, and every text of an answer through the guard.
+
+    request     question = text parts of the last user message; history = earlier (user, assistant) pairs;
+                prefill = an assistant message at the end: it is scored in front of what the model adds to it
+    answer      content, reasoning_content, reasoning    guarded as they stream, each on its own
+                refusal, tool-call arguments             held until the choice ends, then scored whole
+                logprobs and other extras                dropped where they could show unscored text, and listed
+                anything else                            the error policy
+
+Nothing here waits or does I/O: the server and the integrations run these functions in threads.
+"""
+import json
+import math
+import re
+import time
+from dataclasses import dataclass, field
+
+from .errors import ProtectorError
+from .stream import StreamGuard
+
+ACTIONS = ("pass", "rewrite", "refuse", "error")  # from the mildest
+MAX_EVENT_BYTES = 1 << 20  # of one server-sent event
+_STREAMED = ("reasoning_content", "reasoning", "content")
+_TEXTS = _STREAMED + ("refusal",)
+_ENVELOPE = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
+_REPEATS = ("annotations", "provider_specific_fields", "thinking_blocks")  # of other fields' text, or notes on it
+_NAME = re.compile(r"[\w.:/@+\\-]{0,200}")  # ids and function names: no room for a sentence
+_IDENTIFIER = re.compile(r"[a-z_]{1,40}")
+
+
+class BadRequest(ProtectorError, ValueError):
+    """The client's request isn't a chat completion request."""
+
+
+class UpstreamError(ProtectorError, RuntimeError):
+    """The model's server failed or sent what no guard can read."""
+
+
+class _Unreadable(Exception):
+    """A part of an answer that can't be scored."""
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What the guard needs of a request."""
+
+    question: str = field(default="", repr=False)
+    history: tuple = field(default=(), repr=False)  # earlier (question, answer), oldest first
+    prefill: str = field(default="", repr=False)  # start of the answer, given by the client
+    n: int = 1  # choices
+    stream: bool = False
+
+
+@dataclass
+class _Parts:
+    """A message or a delta, read."""
+
+    texts: dict = field(default_factory=dict)  # channel -> text
+    values: dict = field(default_factory=dict)  # channel -> as it came: a str or text parts
+    calls: list = field(default_factory=list)  # tool calls, or pieces of them
+    dropped: set = field(default_factory=set)
+
+
+def read_request(payload, max_choices=8):
+    """The question, the earlier turns and the form of a chat completion request.
+
+    Args:
+        payload: the request's JSON.
+        max_choices: largest `n`.
+    Returns:
+        ChatRequest
+    Raises:
+        BadRequest: it isn't one; the message holds no text of it.
+    Example:
+        read_request({"messages": [{"role": "user", "content": "Hi"}]}).question  # 'Hi'
+    """
+    if not isinstance(payload, dict):
+        raise BadRequest("chat: body must be a JSON object.")
+    messages, n, stream = payload.get("messages"), payload.get("n"), payload.get("stream")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("chat: messages must be a list with at least one message.")
+    if n is not None and (not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= max_choices):
+        raise BadRequest(f"chat: n must be an integer from 1 to {max_choices}.")
+    if stream is not None and not isinstance(stream, bool):
+        raise BadRequest("chat: stream must be true or false.")
+    question, history, prefill = "", [], ""
+    for position, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRequest("chat: each message must be an object with a role.")
+        text = _request_text(message.get("content"))
+        if message["role"] == "user":
+            question = text
+        elif message["role"] == "assistant" and position == len(messages) - 1:
+            prefill = text
+        elif message["role"] == "assistant" and text:
+            history.append((question, text))
+    return ChatRequest(question, tuple(history), prefill, n or 1, bool(stream))
+
+
+def _request_text(content):
+    """Text of a request's message; images and other parts are the model's business."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise BadRequest("chat: content must be a string or a list of parts.")
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise BadRequest("chat: each content part must be an object with a type.")
+        if part["type"] in ("text", "input_text"):
+            if not isinstance(part.get("text"), str):
+                raise BadRequest("chat: a text part must have a text.")
+            texts.append(part["text"])
+    return "\n".join(texts)
+
+
+# -- reading answers
+
+
+def _read(message):
+    """_Parts of a message or a delta; _Unreadable for whatever else might be shown."""
+    if not isinstance(message, dict):
+        raise _Unreadable
+    parts = _Parts()
+    for key, value in message.items():
+        if key == "role":
+            if value not in (None, "", "assistant"):
+                raise _Unreadable
+        elif key in _TEXTS:
+            if value is not None:
+                parts.texts[key], parts.values[key] = _answer_text(value), value
+        elif value is None or value in ("", [], {}):
+            continue
+        elif key == "tool_calls":
+            if not isinstance(value, list):
+                raise _Unreadable
+            parts.calls = [_read_call(call, position) for position, call in enumerate(value)]
+        elif key in _REPEATS or key == "function_call" and message.get("tool_calls"):
+            parts.dropped.add(key)
+        else:
+            raise _Unreadable
+    return parts
+
+
+def _answer_text(value):
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise _Unreadable
+    for part in value:
+        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
+            raise _Unreadable
+        if not isinstance(part["text"], str):
+            raise _Unreadable
+    return "".join(part["text"] for part in value)
+
+
+def _read_call(call, position):
+    """A tool call with its known fields only."""
+    if not isinstance(call, dict) or set(call) - {"index", "id", "type", "function", "custom"}:
+        raise _Unreadable
+    index, body = call.get("index", position), {}
+    if not isinstance(index, int):
+        raise _Unreadable
+    for kind, text_field in (("function", "arguments"), ("custom", "input")):
+        inner = call.get(kind)
+        if inner is None:
+            continue
+        if not isinstance(inner, dict) or set(inner) - {"name", text_field} or not isinstance(inner.get(text_field) or "", str):
+            raise _Unreadable
+        body[kind] = {"name": _name(inner.get("name")), text_field: inner.get(text_field) or ""}
+    return {"index": index, "id": _name(call.get("id")), "type": _name(call.get("type")), **body}
+
+
+def _name(value):
+    if value is not None and not (isinstance(value, str) and _NAME.fullmatch(value)):
+        raise _Unreadable
+    return value
+
+
+def _call_text(call):
+    """What a tool call says: its arguments, or, where JSON hides letters in escapes, the strings in them."""
+    text = "".join(call[kind][text_field] for kind, text_field in (("function", "arguments"), ("custom", "input")) if kind in call)
+    if "\\" not in text:
+        return text
+    strings = []
+
+    def collect(value):
+        if isinstance(value, str):
+            strings.append(value)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                collect(item)
+
+    try:
+        collect(json.loads(text, object_pairs_hook=list))
+    except (ValueError, RecursionError):
+        return text
+    return "\n".join(strings)
+
+
+def _envelope(response, dropped):
+    """Fields around the choices: short names and numbers; what is left out is listed."""
+    kept = {}
+    for key, value in response.items():
+        if key in _ENVELOPE and (isinstance(value, (int, float)) or isinstance(value, str) and _NAME.fullmatch(value)):
+            kept[key] = value
+        elif key not in ("choices", "usage") and value not in (None, "", [], {}):
+            dropped.add(_label(key))
+    return kept
+
+
+def _label(key):
+    return key if isinstance(key, str) and _IDENTIFIER.fullmatch(key) else "other"
+
+
+def _numbers(value):
+    """A usage object without anything but numbers."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()
+                if isinstance(item, (int, float, dict)) and _IDENTIFIER.fullmatch(str(key))}
+    return value
+
+
+def _finish_reason(value):
+    return value if isinstance(value, str) and _IDENTIFIER.fullmatch(value) else None
+
+
+def _unreadable(protector):
+    """The error policy for an answer that can't be read; raises if that is the policy. Nothing of the answer goes out."""
+    protector._failed(("", "", ()), UpstreamError("chat: an answer must consist of known parts, got another one."),
+                      time.monotonic())
+
+
+def _worse(first, second):
+    return max(first, second, key=ACTIONS.index)
+
+
+def _note(protector, action, flagged, dropped, score=None):
+    """The `protector` field of a choice."""
+    note = {"action": action, "flagged": flagged}
+    if protector.on_flag == "report" and score is not None and math.isfinite(score):
+        note["score"] = score
+    if dropped:
+        note["dropped"] = sorted(dropped)
+    return note
+
+
+# -- whole answers
+
+
+def guard_completion(protector, request, response):
+    """Guard every choice of a chat completion.
+
+    Args:
+        protector: guard.Protector.
+        request: ChatRequest.
+        response: the upstream's JSON.
+    Returns:
+        (response, action): a new response of known fields, each choice with a `protector` field, and the worst action.
+    Raises:
+        UpstreamError: it isn't a chat completion. ProtectorError: the guard failed and the policy is to raise.
+    """
+    choices = response.get("choices") if isinstance(response, dict) else None
+    if not isinstance(choices, list) or not 1 <= len(choices) <= request.n or response.get("error"):
+        raise UpstreamError("chat: upstream must send a chat completion with at most n choices, got another answer.")
+    dropped, action, guarded = set(), "pass", []
+    envelope = _envelope(response, dropped)
+    for position, choice in enumerate(choices):
+        guarded.append(_guard_choice(protector, request, choice, position, dropped))
+        action = _worse(action, guarded[-1]["protector"]["action"])
+    usage = {"usage": _numbers(response["usage"])} if isinstance(response.get("usage"), dict) else {}
+    return {**envelope, "choices": guarded, **usage}, action
+
+
+def _guard_choice(protector, request, choice, position, dropped):
+    refused = {"role": "assistant", "content": protector.refusal}
+    choice = choice if isinstance(choice, dict) else {}
+    index = choice.get("index") if isinstance(choice.get("index"), int) else position
+    dropped = dropped | {_label(key) for key, value in choice.items()
+                         if key not in ("index", "message", "finish_reason", "logprobs") and value not in (None, "", [], {})}
+    try:
+        parts = _read(choice.get("message"))
+    except _Unreadable:
+        _unreadable(protector)
+        return {"index": index, "message": refused, "finish_reason": "content_filter",
+                "protector": _note(protector, "error", False, dropped)}
+    dropped |= parts.dropped
+    message, action, flagged, filtered, top = {"role": "assistant", "content": None}, "pass", False, False, None
+    for channel, text in parts.texts.items():
+        whole = (request.prefill if channel == "content" else "") + text
+        verdict = protector.guard(request.question, whole, request.history)
+        kept = verdict.text == whole
+        filtered = filtered or not kept and verdict.action != "rewrite"
+        message[channel] = parts.values[channel] if kept else verdict.text
+        action, flagged, top = _worse(action, verdict.action), flagged or verdict.flagged, _larger(top, verdict.score)
+        if channel == "content" and not kept and verdict.action != "rewrite":
+            parts.calls = []  # the answer is refused, and what it wanted done with it
+    for call in parts.calls:
+        text = _call_text(call)
+        verdict = protector.guard(request.question, text, request.history)
+        flagged, top = flagged or verdict.flagged, _larger(top, verdict.score)
+        if verdict.text != text:  # there is no such thing as half a call
+            message, action, filtered = refused, "error" if verdict.action == "error" else "refuse", True
+            parts.calls = []
+            break
+    if parts.calls:
+        message["tool_calls"] = [{key: value for key, value in call.items() if key != "index" and value is not None}
+                                 for call in parts.calls]
+    guarded = {"index": index, "message": message,
+               "finish_reason": "content_filter" if filtered else _finish_reason(choice.get("finish_reason"))}
+    if choice.get("logprobs") and action == "pass":
+        guarded["logprobs"] = choice["logprobs"]
+    elif choice.get("logprobs"):
+        dropped.add("logprobs")
+    return {**guarded, "protector": _note(protector, action, flagged, dropped, top)}
+
+
+def _larger(first, second):
+    return second if first is None or second > first else first
+
+
+# -- streams
+
+
+class EventReader:
+    """Server-sent events from bytes, however they are cut.
+
+    Example:
+        EventReader().feed(b": ping\\n\\ndata: {}\\n\\n")  # [('comment', ''), ('data', '{}')]
+    """
+
+    def __init__(self):
+        self._bytes, self._data, self._event = b"", [], ""
+
+    def feed(self, data):
+        """Events that are whole now: ("comment", ""), ("data", text) or ("unknown", "")."""
+        self._bytes += data
+        *lines, self._bytes = self._bytes.split(b"\n")
+        events = []
+        for line in lines:
+            events += self._line(line.removesuffix(b"\r"))
+        if len(self._bytes) + sum(map(len, self._data)) > MAX_EVENT_BYTES:
+            raise UpstreamError(f"chat: an upstream event must have at most {MAX_EVENT_BYTES} bytes.")
+        return events
+
+    def end(self):
+        """What the last bytes hold; a server may leave out the last empty line."""
+        return self.feed(b"\n\n") if self._bytes or self._data else []
+
+    def _line(self, line):
+        try:
+            line = line.decode()
+        except UnicodeDecodeError:
+            raise UpstreamError("chat: upstream events must be UTF-8.") from None
+        if not line:
+            data, event, self._data, self._event = "\n".join(self._data), self._event, [], ""
+            if event not in ("", "message"):
+                return [("unknown", "")]
+            return [("data", data)] if data else []
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "":
+            return [("comment", "")]
+        if name == "data":
+            self._data.append(value)
+        elif name == "event":
+            self._event = value
+        elif name not in ("id", "retry"):
+            return [("unknown", "")]
+        return []
+
+
+class ChatStream:
+    """Guards a streamed chat completion: push the upstream's chunks, then finish.
+
+    A choice has one channel open at a time, so one cursor; text of a channel that comes back after another one had its
+    turn waits for the end, where the whole channel is scored.
+
+    Args:
+        protector: guard.Protector.
+        request: ChatRequest.
+        hold: scored tokens that are still held back; see stream.StreamGuard.
+    """
+
+    def __init__(self, protector, request, hold=8):
+        self.protector, self.request, self.hold = protector, request, hold
+        self.choices, self.dropped, self._fields, self._out = {}, set(), {}, []
+
+    @property
+    def stopped(self):
+        """Whether nothing more of the upstream can be shown: the guard ended the last of the choices."""
+        choices = self.choices.values()
+        return len(choices) == self.request.n and all(c.ended for c in choices) and any(c.stopped for c in choices)
+
+    @property
+    def complete(self):
+        """Whether every choice that began has ended."""
+        return bool(self.choices) and all(choice.ended for choice in self.choices.values())
+
+    @property
+    def action(self):
+        """The worst action so far."""
+        return max((choice.action for choice in self.choices.values()), key=ACTIONS.index, default="pass")
+
+    def push(self, chunk):
+        """Take one chunk of the upstream (its JSON); returns the chunks to send on.
+
+        Raises:
+            UpstreamError: the chunk is an error, or no chunk at all; nothing that is held back leaves.
+        """
+        if not isinstance(chunk, dict) or chunk.get("error"):
+            raise UpstreamError("chat: upstream must send chunks of a chat completion, got an error or another thing.")
+        choices, usage = chunk.get("choices"), chunk.get("usage")
+        self._fields |= _envelope(chunk, self.dropped)
+        if not isinstance(choices, list) or not choices:
+            if not isinstance(usage, dict) and choices != []:
+                return self.refuse()
+            if isinstance(usage, dict):
+                self._send({"choices": [], "usage": _numbers(usage)})
+            return self._taken()
+        for choice in choices:
+            index = choice.get("index", 0) if isinstance(choice, dict) else None
+            if not isinstance(index, int) or not 0 <= index < self.request.n:
+                raise UpstreamError("chat: a chunk's choices must be objects with an index below n.")
+            if index not in self.choices:
+                self.choices[index] = _Choice(self, index)
+            self.dropped |= {_label(key) for key, value in choice.items()
+                             if key not in ("index", "delta", "finish_reason") and value not in (None, "", [], {})}
+            try:
+                parts = _read(choice.get("delta"))
+                self.dropped |= parts.dropped
+                self.choices[index].take(parts, _finish_reason(choice.get("finish_reason")))
+            except _Unreadable:
+                self.choices[index].refuse()
+        if isinstance(usage, dict) and self._out:
+            self._out[-1]["usage"] = _numbers(usage)
+        return self._taken()
+
+    def finish(self):
+        """The upstream says that it is done: score and release what is left of choices that didn't end.
+
+        Raises:
+            UpstreamError: no choice ever began.
+        """
+        if not self.choices:
+            raise UpstreamError("chat: upstream must send at least one choice, got none.")
+        for choice in self.choices.values():
+            choice.finish("stop")
+        return self._taken()
+
+    def refuse(self):
+        """End every choice by the error policy: something came that can't be read."""
+        for index in range(self.request.n):
+            self.choices.setdefault(index, _Choice(self, index)).refuse()
+        return self._taken()
+
+    def time_left_s(self):
+        """Seconds until the first open guard's deadline; infinite without one."""
+        left_s = [choice.guard.time_left_s() for choice in self.choices.values() if choice.guard and not choice.ended]
+        return max(min((seconds for seconds in left_s if seconds is not None), default=math.inf), 0.0)
+
+    def expire(self):
+        """End every choice by the error policy: the deadline passed while the upstream was silent."""
+        for choice in self.choices.values():
+            if choice.guard and not choice.ended:
+                choice._show(choice.channel, choice.guard.expire())
+            choice.refuse()
+        return self._taken()
+
+    def close(self):
+        """Free the cursors; safe to call at any time, and twice."""
+        for choice in self.choices.values():
+            choice.close()
+
+    def _send(self, fields):
+        self._out.append({"object": "chat.completion.chunk", **self._fields, **fields})
+
+    def _taken(self):
+        out, self._out = self._out, []
+        return out
+
+
+class _Choice:
+    """One choice of a streamed completion."""
+
+    def __init__(self, stream, index):
+        self.stream, self.index, self.protector = stream, index, stream.protector
+        self.channel, self.guard = None, None  # the open channel and its guard
+        self.scored = {}  # channel -> text that a finished guard let through
+        self.held = {}  # channel -> text that waits for the end
+        self.calls = {}  # index -> tool call so far
+        self.replaced, self.visible, self.skip, self.n_held = set(), set(), 0, 0
+        self.action, self.flagged, self.filtered, self.score = "pass", False, False, None
+        self.ended, self.stopped, self.has_role = False, False, False
+
+    def take(self, parts, finish_reason):
+        if self.ended:
+            return
+        if not self.has_role:
+            self._delta({})
+        for channel, text in parts.texts.items():
+            if text and not self.ended:
+                self._text(channel, text)
+        for call in parts.calls:
+            self._call(call)
+        if finish_reason:
+            self.finish(finish_reason)
+
+    def _text(self, channel, text):
+        if channel in self.replaced:
+            return
+        if channel == self.channel:
+            return self._show(channel, self.guard.push(text))
+        text = self.held.pop(channel, "") + text
+        # A guard opens at the first text that isn't white space: newlines between two channels aren't a turn.
+        if channel not in _STREAMED or channel in self.scored or not text.strip():
+            self.held[channel] = text
+            return self._hold(len(text))
+        self._close_channel()
+        if self.ended:
+            return
+        self.channel, self.guard = channel, StreamGuard(self.protector, self.stream.request.question, self.stream.request.history,
+                                                        self.stream.hold)
+        if channel == "content":
+            self.skip = len(self.stream.request.prefill)
+            text = self.stream.request.prefill + text
+        self._show(channel, self.guard.push(text))
+
+    def _call(self, piece):
+        if self.ended:
+            return
+        call = self.calls.setdefault(piece["index"], {"index": piece["index"], "id": None, "type": None})
+        for key in ("id", "type"):
+            call[key] = call[key] or piece[key]
+        for kind, text_field in (("function", "arguments"), ("custom", "input")):
+            if kind in piece:
+                inner = call.setdefault(kind, {"name": None, text_field: ""})
+                inner["name"] = inner["name"] or piece[kind]["name"]
+                inner[text_field] += piece[kind][text_field]
+                self._hold(len(piece[kind][text_field]))
+        self._hold(1)
+
+    def _hold(self, n_chars):
+        """Count what waits for the end: an upstream can't make it grow without bound."""
+        self.n_held += n_chars
+        if self.n_held > self.protector.max_bytes:
+            self.refuse()
+
+    def _show(self, channel, events):
+        for event in events:
+            verdict = event.verdict
+            if verdict is None and not self.guard.done:
+                self._release(channel, event.text)
+            elif verdict is not None and verdict.action in ("pass", "error" if self.protector.on_error == "pass" else "pass"):
+                self.action = _worse(self.action, verdict.action)
+                self.flagged, self.score = self.flagged or verdict.flagged, _larger(self.score, verdict.score)
+                self._release(channel, event.text)
+            else:
+                action = "refuse" if verdict is None else verdict.action
+                self._replace(channel, action, verdict.text if action == "rewrite" else self.protector.refusal)
+                return
+
+    def _release(self, channel, text):
+        """Send scored text; a prefill, which the client has, is left out."""
+        if channel == "content" and self.skip:
+            text, self.skip = text[self.skip:], max(self.skip - len(text), 0)
+        if text:
+            self.visible.add(channel)
+            self._delta({channel: text})
+
+    def _replace(self, channel, action, text):
+        self.action, self.flagged = _worse(self.action, action), self.flagged or action != "error"
+        self.filtered = self.filtered or action != "rewrite"
+        self.replaced.add(channel)
+        self._delta({channel: ("\n\n" if channel in self.visible else "") + text})
+        if channel == "content" or action == "error":
+            self._end(None)
+
+    def _close_channel(self):
+        if self.guard is None:
+            return
+        channel, guard = self.channel, self.guard
+        self._show(channel, guard.finish())
+        self.scored[channel] = guard.text
+        self.channel, self.guard = None, None
+
+    def finish(self, reason):
+        """Score what is held back, send it, and end the choice."""
+        if self.ended:
+            return
+        request = self.stream.request
+        self._close_channel()
+        for channel, text in self.held.items():
+            if self.ended or channel in self.replaced:
+                continue
+            whole = self.scored.get(channel, "") + text
+            verdict = self.protector.guard(request.question, whole, request.history)
+            self.score = _larger(self.score, verdict.score)
+            if verdict.text == whole:
+                self.action, self.flagged = _worse(self.action, verdict.action), self.flagged or verdict.flagged
+                self._release(channel, text)
+            else:
+                self._replace(channel, verdict.action, verdict.text)
+        for call in self.calls.values():
+            if self.ended:
+                return
+            text = _call_text(call)
+            verdict = self.protector.guard(request.question, text, request.history)
+            self.score = _larger(self.score, verdict.score)
+            if verdict.text != text:
+                self._replace("content", "error" if verdict.action == "error" else "refuse", self.protector.refusal)
+            self.flagged |= verdict.flagged
+        if not self.ended and self.calls:
+            self._delta({"tool_calls": [{key: value for key, value in call.items() if value is not None}
+                                        for call in self.calls.values()]})
+        self._end(reason)
+
+    def refuse(self):
+        """End this choice by the error policy."""
+        if not self.ended:
+            _unreadable(self.protector)
+            self._replace("content", "error", self.protector.refusal)
+
+    def _end(self, reason):
+        if self.ended:
+            return
+        self.ended, self.stopped = True, reason is None
+        self.close()
+        reason = "content_filter" if self.filtered else reason or "stop"
+        note = _note(self.protector, self.action, self.flagged, self.stream.dropped, self.score)
+        self.stream._send({"choices": [{"index": self.index, "delta": {}, "finish_reason": reason, "protector": note}]})
+
+    def _delta(self, delta):
+        if not self.has_role:
+            delta, self.has_role = {"role": "assistant", "content": "", **delta}, True
+        self.stream._send({"choices": [{"index": self.index, "delta": delta, "finish_reason": None}]})
+
+    def close(self):
+        if self.guard is not None:
+            self.guard.close()

@@ -1,0 +1,375 @@
+"""OpenAI's format without HTTP: what is read of a request, and that every text of an answer is scored or left out."""
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serve_fakes import DONE, MARKER, FakeDetector, FakeDetoxifier, chunk, completion, sse, spoken
+
+from protector.chat import BadRequest, ChatRequest, ChatStream, EventReader, UpstreamError, guard_completion, read_request
+from protector.errors import ModelError
+from protector.guard import Protector
+
+HARMFUL = f"You can mix {MARKER} in a bucket."
+SAFE = "Water boils at a lower temperature on a mountain."
+
+
+@pytest.fixture
+def protector():
+    return Protector(FakeDetector(), FakeDetoxifier(), threshold=0.5)
+
+
+@pytest.fixture
+def refuser():
+    return Protector(FakeDetector(), False, threshold=0.5)
+
+
+def run(protector, *items, request=ChatRequest("q"), finish=True):
+    """(content, reasoning, last choice chunk, ChatStream) of a stream of chunks."""
+    stream, out = ChatStream(protector, request), []
+    for item in items:
+        out += stream.push(item)
+    if finish and not stream.stopped:
+        out += stream.finish()
+    stream.close()
+    assert protector.detector.n_cursors == 0
+    choices = [c for item in out for c in item["choices"] if c["index"] == 0]
+    shown = {key: "".join(c["delta"].get(key) or "" for c in choices) for key in ("content", "reasoning_content")}
+    return shown["content"], shown["reasoning_content"], choices[-1], stream
+
+
+# -- requests
+
+
+def test_question_is_the_text_of_the_last_user_message():
+    request = read_request({"messages": [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "first"}, {"role": "assistant", "content": "one"},
+        {"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "data:,"}},
+                                     {"type": "text", "text": "this"}]}]})
+    assert request == ChatRequest("see\nthis", (("first", "one"),), "", 1, False)
+
+
+def test_assistant_message_at_the_end_is_a_prefill():
+    request = read_request({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Sure,"}]})
+    assert (request.question, request.history, request.prefill) == ("q", (), "Sure,")
+
+
+def test_answer_around_tool_calls_is_history():
+    request = read_request({"messages": [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "Let me look.", "tool_calls": []},
+        {"role": "tool", "content": "found", "tool_call_id": "1"}]})
+    assert (request.question, request.history, request.prefill) == ("q", (("q", "Let me look."),), "")
+
+
+def test_repr_of_a_request_holds_no_text():
+    assert repr(ChatRequest("secret question", (("a", "b"),), "prefill")) == "ChatRequest(n=1, stream=False)"
+
+
+@pytest.mark.parametrize("payload, message", [
+    ([], "chat: body must be a JSON object."),
+    ({}, "chat: messages must be a list with at least one message."),
+    ({"messages": ["hi"]}, "chat: each message must be an object with a role."),
+    ({"messages": [{"role": "user", "content": 3}]}, "chat: content must be a string or a list of parts."),
+    ({"messages": [{"role": "user", "content": ["hi"]}]}, "chat: each content part must be an object with a type."),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "chat: a text part must have a text."),
+    ({"messages": [{"role": "user", "content": "q"}], "n": 9}, "chat: n must be an integer from 1 to 8."),
+    ({"messages": [{"role": "user", "content": "q"}], "n": True}, "chat: n must be an integer from 1 to 8."),
+    ({"messages": [{"role": "user", "content": "q"}], "stream": "false"}, "chat: stream must be true or false."),
+])
+def test_wrong_requests_say_what_is_wrong(payload, message):
+    with pytest.raises(BadRequest) as error:
+        read_request(payload)
+    assert str(error.value) == message
+
+
+# -- events
+
+
+def test_events_are_the_same_however_the_bytes_are_cut():
+    data = b": ping\r\n\r\ndata: {\"a\":\r\ndata: 1}\n\nid: 7\nretry: 5\nevent: message\ndata: \xc3\xa9\n\nevent: odd\ndata: x\n\ndata: [DONE]"
+    whole = [("comment", ""), ("data", '{"a":\n1}'), ("data", "é"), ("unknown", ""), ("data", "[DONE]")]
+    for size in (1, 2, 3, 7, len(data)):
+        reader, events = EventReader(), []
+        for start in range(0, len(data), size):
+            events += reader.feed(data[start:start + size])
+        assert events + reader.end() == whole
+
+
+def test_an_endless_event_is_an_error():
+    reader = EventReader()
+    with pytest.raises(UpstreamError, match="at most 1048576 bytes"):
+        for _ in range(40):
+            reader.feed(b"x" * 65536)
+
+
+def test_bytes_that_are_no_text_are_an_error():
+    with pytest.raises(UpstreamError, match="UTF-8"):
+        EventReader().feed(b"data: \xff\n\n")
+
+
+# -- whole answers
+
+
+def test_safe_answer_comes_back_as_it_was(protector):
+    parts = [{"type": "text", "text": "Water "}, {"type": "text", "text": "boils."}]
+    message = {"role": "assistant", "content": parts, "refusal": None, "tool_calls": None}
+    guarded, action = guard_completion(protector, ChatRequest("q", n=2), completion(SAFE, message))
+    assert action == "pass"
+    assert guarded["choices"][0]["message"] == {"role": "assistant", "content": SAFE}
+    assert guarded["choices"][1]["message"]["content"] == parts
+    assert [choice["finish_reason"] for choice in guarded["choices"]] == ["stop", "stop"]
+    assert guarded["usage"]["total_tokens"] == 3
+
+
+def test_31_each_choice_is_guarded(protector):
+    guarded, action = guard_completion(protector, ChatRequest("q", n=3), completion(SAFE, HARMFUL, SAFE))
+    assert [choice["message"]["content"] for choice in guarded["choices"]] == [SAFE, "Please keep the two apart.", SAFE]
+    assert [choice["protector"]["action"] for choice in guarded["choices"]] == ["pass", "rewrite", "pass"]
+    assert action == "rewrite"
+
+
+@pytest.mark.parametrize("channel", ["content", "reasoning_content", "reasoning", "refusal"])
+def test_31_every_text_of_a_message_is_scored(refuser, channel):
+    message = {"role": "assistant", "content": SAFE, channel: HARMFUL}
+    guarded, action = guard_completion(refuser, ChatRequest("q"), completion(message))
+    assert action == "refuse" and MARKER not in json.dumps(guarded)
+    assert guarded["choices"][0]["finish_reason"] == "content_filter"
+
+
+@pytest.mark.parametrize("call", [
+    {"id": "c", "type": "function", "function": {"name": "f", "arguments": json.dumps({"x": HARMFUL})}},
+    {"id": "c", "type": "function", "function": {"name": "f", "arguments": json.dumps({HARMFUL: 1})}},
+    {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": ["\\u0062leach \\u0061nd vinegar"]}'}},
+    {"id": "c", "type": "custom", "custom": {"name": "f", "input": HARMFUL}},
+])
+def test_31_tool_call_arguments_are_scored(protector, call):
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    guarded, action = guard_completion(protector, ChatRequest("q"), completion(message))
+    assert action == "refuse"
+    assert guarded["choices"][0]["message"] == {"role": "assistant", "content": protector.refusal}
+
+
+def test_31_safe_tool_calls_pass(protector):
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    guarded, action = guard_completion(protector, ChatRequest("q"), completion(message))
+    assert action == "pass" and guarded["choices"][0]["message"] == {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert '{"city": "Bern"}' in protector.detector.seen
+
+
+@pytest.mark.parametrize("message", [
+    {"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]},
+    {"role": "assistant", "content": [{"type": "thinking", "thinking": SAFE}]},
+    {"role": "assistant", "content": [{"type": "text", "text": SAFE, "more": "x"}]},
+    {"role": "assistant", "content": SAFE, "audio": {"data": "AAAA", "transcript": SAFE}},
+    {"role": "assistant", "content": SAFE, "thoughts": SAFE},
+    {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+    {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "a whole sentence", "arguments": ""}}]},
+    {"role": "assistant", "tool_calls": [{"id": "c", "type": "search", "search": {"query": SAFE}}]},
+    {"role": "narrator", "content": SAFE},
+    None,
+])
+def test_32_unknown_parts_get_the_error_policy(protector, message):
+    guarded, action = guard_completion(protector, ChatRequest("q"), completion(message))
+    assert action == "error" and guarded["choices"][0]["message"]["content"] == protector.refusal
+    assert guarded["choices"][0]["finish_reason"] == "content_filter" and SAFE not in json.dumps(guarded)
+    strict = Protector(FakeDetector(), False, threshold=0.5, on_error="raise")
+    with pytest.raises(UpstreamError):
+        guard_completion(strict, ChatRequest("q"), completion(message))
+
+
+def test_31_what_is_not_scored_is_dropped_and_listed(refuser):
+    response = completion({"role": "assistant", "content": SAFE, "annotations": [{"url": SAFE}]}, notes=SAFE)
+    response["choices"][0] |= {"logprobs": {"content": [{"token": "Water"}]}, "debug": SAFE}
+    guarded, action = guard_completion(refuser, ChatRequest("q"), response)
+    assert action == "pass" and json.dumps(guarded).count(SAFE) == 1
+    assert guarded["choices"][0]["protector"] == {"action": "pass", "flagged": False, "dropped": ["annotations", "debug", "notes"]}
+    assert guarded["choices"][0]["logprobs"] == {"content": [{"token": "Water"}]}
+    response["choices"][0]["message"]["content"] = HARMFUL
+    guarded, _ = guard_completion(refuser, ChatRequest("q"), response)
+    assert "logprobs" not in guarded["choices"][0] and "logprobs" in guarded["choices"][0]["protector"]["dropped"]
+
+
+def test_30_prefill_is_scored_with_the_answer(refuser):
+    request = ChatRequest("q", prefill="You can mix bleach")
+    guarded, action = guard_completion(refuser, request, completion(" and vinegar."))
+    assert action == "refuse" and guarded["choices"][0]["message"]["content"] == refuser.refusal
+    guarded, action = guard_completion(refuser, request, completion(" with water."))
+    assert action == "pass" and guarded["choices"][0]["message"]["content"] == " with water."
+
+
+def test_report_lets_through_and_says_so():
+    reporter = Protector(FakeDetector(), False, threshold=0.5, on_flag="report")
+    guarded, action = guard_completion(reporter, ChatRequest("q"), completion(HARMFUL))
+    assert action == "pass" and guarded["choices"][0]["message"]["content"] == HARMFUL
+    assert guarded["choices"][0]["protector"]["flagged"] and guarded["choices"][0]["protector"]["score"] > 0.9
+
+
+@pytest.mark.parametrize("response", [None, [], {}, {"choices": []}, {"choices": "x"}, completion(SAFE, SAFE),
+                                      completion(SAFE, error={"message": "x"})])
+def test_answers_that_are_no_completion_are_an_upstream_error(protector, response):
+    with pytest.raises(UpstreamError):
+        guard_completion(protector, ChatRequest("q", n=1), response)
+
+
+# -- streams
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(exclude_characters="~"), max_size=60), st.integers(1, 9))
+def test_safe_stream_is_byte_exact(text, size):
+    protector = Protector(FakeDetector("~~~"), False, threshold=0.5)
+    content, _, last, _ = run(protector, *spoken(text, size))
+    assert content == text
+    assert last["finish_reason"] == "stop" and last["protector"]["action"] == "pass"
+
+
+def test_37_nothing_of_the_answer_follows_an_alarm(refuser):
+    text = "Here is how. " + HARMFUL + " Then wait for the gas."
+    stream, shown = ChatStream(refuser, ChatRequest("q")), ""
+    for item in spoken(text, 3):
+        for out in stream.push(item):
+            shown += out["choices"][0]["delta"].get("content") or ""
+    stream.close()
+    before, refusal, after = shown.partition(refuser.refusal)
+    assert stream.stopped and refusal and after == "" and text.startswith(before.removesuffix("\n\n")) and MARKER not in shown
+
+
+def test_rewrite_and_refusal_in_a_stream(protector, refuser):
+    content, _, last, stream = run(protector, *spoken(HARMFUL))
+    assert content.endswith("Please keep the two apart.") and MARKER not in content
+    assert last["finish_reason"] == "stop" and last["protector"] == {"action": "rewrite", "flagged": True}
+    content, _, last, stream = run(refuser, *spoken(HARMFUL))
+    assert content.endswith(refuser.refusal) and last["finish_reason"] == "content_filter" and stream.action == "refuse"
+
+
+def test_31_reasoning_is_guarded_on_its_own(refuser):
+    items = [chunk({"role": "assistant", "reasoning_content": "Let me think "}), chunk({"reasoning_content": f"of {MARKER} and so on. "}),
+             chunk({"reasoning_content": "More."}), chunk({"content": "\n"}), chunk({"content": SAFE}), chunk(finish_reason="stop")]
+    content, reasoning, last, _ = run(refuser, *items)
+    assert content == "\n" + SAFE
+    before, refusal, after = reasoning.partition(refuser.refusal)
+    assert "Let me think ".startswith(before.removesuffix("\n\n")) and refusal and after == ""
+    assert last["protector"]["action"] == "refuse" and refuser.detector.most_cursors == 1
+
+
+def test_31_channels_that_take_turns_are_scored_whole(refuser):
+    items = [chunk({"content": "You can mix bleach"}), chunk({"reasoning": "Hm, "}), chunk({"content": " and vinegar."}), chunk({}, "stop")]
+    content, _, last, _ = run(refuser, *items)
+    assert content == "You can mix bleach\n\n" + refuser.refusal and last["finish_reason"] == "content_filter"
+    items[2] = chunk({"content": " with water."})
+    content, _, last, _ = run(refuser, *items)
+    assert content == "You can mix bleach with water." and last["protector"]["action"] == "pass"
+    assert refuser.detector.most_cursors == 1
+
+
+@pytest.mark.parametrize("escape", [False, True])
+def test_31_tool_calls_of_a_stream_wait_until_they_are_scored(refuser, escape):
+    def call(text):
+        arguments = json.dumps({"x": text})
+        arguments = arguments.replace("b", "\\u0062") if escape else arguments
+        pieces = [arguments[i:i + 4] for i in range(0, len(arguments), 4)]
+        first = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}
+        return [chunk({"role": "assistant", "content": None, "tool_calls": [first]}),
+                *(chunk({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}) for piece in pieces),
+                chunk({}, "tool_calls")], arguments
+
+    items, arguments = call(SAFE)
+    stream, out = ChatStream(refuser, ChatRequest("q")), []
+    for item in items[:-1]:
+        out += stream.push(item)
+    assert "tool_calls" not in json.dumps(out)
+    out = stream.push(items[-1])
+    assert out[0]["choices"][0]["delta"]["tool_calls"] == [
+        {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}]
+    assert out[1]["choices"][0]["finish_reason"] == "tool_calls"
+
+    items, _ = call(HARMFUL)
+    content, _, last, stream = run(refuser, *items)
+    assert content == refuser.refusal and last["finish_reason"] == "content_filter"
+
+
+def test_30_prefill_in_a_stream(refuser):
+    request = ChatRequest("q", prefill="You can mix bleach")
+    content, _, last, _ = run(refuser, *spoken(" and vinegar, of course."), request=request)
+    assert content == refuser.refusal and last["finish_reason"] == "content_filter"
+    content, _, last, _ = run(refuser, *spoken(" with water, of course."), request=request)
+    assert content == " with water, of course."
+
+
+def test_39_role_usage_and_empty_chunks(protector):
+    usage = {"choices": [], "usage": {"total_tokens": 3, "note": SAFE}, "id": "chatcmpl-1"}
+    items = [{"choices": []}, chunk({"role": "assistant", "content": ""}), chunk({}), chunk({"content": None}), *spoken(SAFE)[1:]]
+    content, _, last, stream = run(protector, *items)
+    assert content == SAFE
+    assert stream.push(usage) == [{"object": "chat.completion.chunk", "id": "chatcmpl-1", "created": 1, "model": "fake", "choices": [],
+                                   "usage": {"total_tokens": 3}}]
+
+
+@pytest.mark.parametrize("odd", [{"type": "ping"}, {}, chunk({"thoughts": SAFE}), chunk({"content": [{"type": "image"}]}),
+                                 chunk({"audio": {"data": "AA"}}), {"choices": [{"index": 0, "text": SAFE}]}])
+def test_32_unknown_chunks_get_the_error_policy(protector, odd):
+    content, _, last, stream = run(protector, *spoken("Here is how it goes, my friend:")[:-1], odd, finish=False)
+    assert content.endswith(protector.refusal) and SAFE not in content
+    assert last["finish_reason"] == "content_filter" and stream.action == "error" and stream.stopped
+
+
+@pytest.mark.parametrize("broken", [{"error": {"message": "out of memory"}}, None, [], chunk({"content": "x"}, index=5),
+                                    {"choices": ["x"]}])
+def test_40_a_broken_chunk_flushes_nothing(protector, broken):
+    stream = ChatStream(protector, ChatRequest("q"))
+    for item in spoken(SAFE)[:-1]:
+        stream.push(item)
+    with pytest.raises(UpstreamError):
+        stream.push(broken)
+    stream.close()
+    assert protector.detector.n_cursors == 0
+
+
+def test_31_choices_of_a_stream_do_not_mix(refuser):
+    items = [chunk({"role": "assistant", "content": ""}, index=i) for i in range(3)]
+    texts = [SAFE, HARMFUL, SAFE[::-1]]
+    for position in range(0, 60, 4):
+        items += [chunk({"content": text[position:position + 4]}, index=i) for i, text in enumerate(texts)]
+    items += [chunk(finish_reason="stop", index=i) for i in range(3)]
+    stream, shown = ChatStream(refuser, ChatRequest("q", n=3)), ["", "", ""]
+    for item in items:
+        for out in stream.push(item):
+            for choice in out["choices"]:
+                shown[choice["index"]] += choice["delta"].get("content") or ""
+    assert shown[0] == SAFE and shown[2] == SAFE[::-1] and shown[1].endswith(refuser.refusal) and stream.complete
+    assert refuser.detector.n_cursors == 0
+
+
+def test_held_text_is_bounded():
+    protector = Protector(FakeDetector(), False, threshold=0.5, max_bytes=1000)
+    piece = {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "x" * 100}}]}
+    content, _, last, stream = run(protector, *[chunk(piece)] * 20, finish=False)
+    assert stream.action == "error" and stream.stopped
+
+
+def test_a_failing_guard_in_a_stream():
+    for error, policy in ((RuntimeError("kernel"), "refuse"), (ModelError("gone"), "raise")):
+        protector = Protector(FakeDetector(), False, threshold=0.5, on_error=policy)
+        protector.detector.error = error
+        if policy == "raise":
+            with pytest.raises(ModelError):
+                run(protector, *spoken(SAFE))
+            continue
+        content, _, last, _ = run(protector, *spoken(SAFE))
+        assert content == protector.refusal and last["finish_reason"] == "content_filter" and last["protector"]["action"] == "error"
+
+
+def test_pass_on_error_says_that_it_was_an_error():
+    protector = Protector(FakeDetector(), False, threshold=0.5, on_error="pass")
+    protector.detector.error = RuntimeError("kernel")
+    content, _, last, _ = run(protector, *spoken(SAFE))
+    assert content == SAFE and last["protector"]["action"] == "error" and last["finish_reason"] == "stop"
+    guarded, action = guard_completion(protector, ChatRequest("q"), completion(SAFE))
+    assert action == "error" and guarded["choices"][0]["message"]["content"] == SAFE
+    content, _, last, _ = run(protector, chunk({"thoughts": SAFE}))  # what can't be read never goes out
+    assert content == protector.refusal and last["finish_reason"] == "content_filter"
+
+
+def test_helpers_speak_the_format():
+    assert EventReader().feed(b"".join(sse(chunk({"content": "x"}), DONE)))[1] == ("data", "[DONE]")
