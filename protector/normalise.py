@@ -1,7 +1,10 @@
 """A second view of a text: what a reader sees when characters are made to look, or decode, like others.
 
 A guard scores the raw text and this view, and takes the larger score. The view is only ever scored, never shown, so it may
-be lossy; it must be bounded, and it must leave ordinary text of any language alone, or false positives rise.
+be lossy; it must be bounded, and it must be equal to ordinary text of any language, or false positives and cost rise.
+
+Trap: everything here runs on hostile text. Each step is linear in it: no pattern starts at every character of a run and
+reads to its end, and unicodedata.normalize, which sorts a run of marks in quadratic time, sees a few characters at once.
 """
 import base64
 import binascii
@@ -10,96 +13,160 @@ import re
 import unicodedata
 from urllib.parse import unquote
 
-MAX_DECODED = 8192  # characters that one encoded run may decode to
-
-_TAGS = range(0xE0020, 0xE007F)  # invisible copies of ASCII
+_LATIN = "A-Za-z\u00aa-\u02af\u1d00-\u1dbf\u1e00-\u1eff"
+_LETTER = _LATIN + "\u0370-\u052f\u1f00-\u1fff"  # and Greek and Cyrillic, which lend lookalikes
+_MARK = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
+# What changes an ASCII text, roughly: a text without any of it is its own view, and most answers end here.
+_ODD_ASCII = re.compile(r"&[#A-Za-z]|%[0-9A-Fa-f]{2}|[A-Za-z][0-9@$!]+[A-Za-z]|[0-9@$][A-Za-z]+[0-9@$]|[A-Za-z0-9+/_-]{16}|[A-Z]{4}|[a-z][A-Z]"
+                        r"|(?:[0-9A-Fa-f]{2}[ :]){11}|\b[A-Za-z][ .\-_*|/,][A-Za-z][ .\-_*|/,][A-Za-z]\b|   |[\x0b\x0c\x1c-\x1f]")
+_TAG = re.compile("[\U000e0000-\U000e007f]+")  # invisible copies of ASCII
+_SELECTOR = re.compile("[\U000e0100-\U000e01ef]+")  # variation selectors 17 to 256, which can carry the bytes 16 to 255
 _INVISIBLE = re.compile("[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-                        "\ufe00-\ufe0f\ufeff\uffa0\U000e0100-\U000e01ef\U000e0000-\U000e007f]")
-_LOOKALIKES = str.maketrans(
-    "аеорсухіјѕһԁԛԝӏАВЕКМНОРСТУХІЈЅαορνιτυκγηρϲΑΒΕΖΗΙΚΜΝΟΡΤΥΧ",
-    "aeopcyxijshdqwlABEKMHOPCTYXIJSaopvitukynpcABEZHIKMNOPTYX")
-_LEET = str.maketrans("4310578@$!", "aeiostbasi")
-_WORD = re.compile(r"[^\W_]+")
-_LEET_WORD = re.compile(r"(?<![\w@$!])(?=[\w@$!]*[A-Za-z])(?=[\w@$!]*[0-9@$!])[A-Za-z0-9@$!]{4,}(?![\w@$])")
-_SPACED = re.compile(r"(?<!\w)(?:[A-Za-z][ .\-_*]){3,}[A-Za-z](?!\w)")
-_BASE64 = re.compile(r"(?<![A-Za-z0-9+/=])[A-Za-z0-9+/]{16,}={0,2}(?![A-Za-z0-9+/=])")
+                        "\ufe00-\ufe0f\ufeff\uffa0]+")
+_IS_LETTER = re.compile(f"[{_LETTER}]").match
+_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});?")
+_PERCENT = re.compile(r"%[0-9A-Fa-f]{2}")
+_BASE64 = re.compile(r"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{16,}={0,2}(?![A-Za-z0-9+/_=-])")
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:0x)?(?:[0-9A-Fa-f]{2}[ :]?){12,}(?![0-9A-Za-z])")
-_PERCENT = re.compile(r"(?:%[0-9A-Fa-f]{2})")
-_SPACE = re.compile(r"[^\S\n]+")
+_MARKED = re.compile(f"([{_LETTER}])[{_MARK}]+")
+_ACCENTED = re.compile("[\u00c0-\u024f\u1e00-\u1eff]")
+_ENGLISH = re.compile(r"\b(?:and|you|your|with|this|that|will|for|are)\b", re.IGNORECASE)
+_WORD = re.compile(r"[^\W\d_]+")
+_LOOKALIKES = str.maketrans(
+    "аеорсухіјѕһԁԛԝӏвкмнтАВЕКМНОРСТУХІЈЅαορνιτυκγηρϲωΑΒΕΖΗΙΚΜΝΟΡΤΥΧı",
+    "aeopcyxijshdqwlbkmhtABEKMHOPCTYXIJSaopvitukynpcwABEZHIKMNOPTYXi")
+_SPACED = re.compile(r"(?<!\w)(?:[A-Za-z][ .\-_*|/,]){3,}[A-Za-z](?!\w)")
+_SEPARATOR = re.compile(r"[ .\-_*|/,]")
+_LEET = str.maketrans("4310578@$!", "aeiostbasi")
+_LEET_WORD = re.compile(r"(?<![\w@$!])[A-Za-z0-9@$!]{2,}[A-Za-z0-9@$](?![\w@])")
+_LEET_INSIDE = re.compile(r"[A-Za-z][0-9@$!]{1,2}[A-Za-z]|[0-9@$][A-Za-z]+[0-9@$!][A-Za-z]*")
+_IS_DOMAIN = re.compile(r"[\w-]*\.\w").match
+_ODD_SPACE = re.compile(r"[^\S \n\t\r]")
+_GAP = re.compile(r"(?<=\S)[ \t]{3,}(?=\S)")
+
+
+class _Plain(dict):
+    """str.translate's table from compatibility forms of letters (full width, mathematical, circled) to plain ones."""
+
+    def __missing__(self, code):
+        char = chr(code)
+        plain = unicodedata.normalize("NFKC", char)
+        is_form = code > 127 and re.search("[A-Za-z]", plain) or unicodedata.category(char) == "Nd" and plain.isascii()
+        self[code] = plain if is_form else char
+        return self[code]
+
+
+_PLAIN = _Plain({ord(char): char for char in "™℠ªº№℃℉ℹ"} | {0x1F150 + i: chr(65 + i) for i in range(26)}
+                | {0x1F170 + i: chr(65 + i) for i in range(26)}
+                | str.maketrans("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ", "abcdefghijklmnoprstuvwyz"))
 
 
 def normalised(text):
-    """The text with disguises taken off: one pass, each step bounded by the text's own length.
+    """The text with disguises taken off: one pass of linear steps; the result is at most about twice as long.
 
-    Tag characters and base64, hex, URL and HTML encodings are decoded once; invisible characters dropped; compatibility
-    forms, lookalikes, stacked marks, leetspeak, letter spacing, odd white space and all-capitals are made plain.
+    HTML entities, percent, base64 and hex encodings are decoded once. Invisible characters, stacked marks, compatibility
+    forms, lookalikes, letter spacing, leetspeak, odd white space and odd case are made plain. A message hidden in tag
+    characters or variation selectors is put at the end.
 
     Args:
         text: str, well formed.
     Returns:
-        str; equal to the text (up to white space) where there was nothing to take off.
+        str; equal to the text where there was nothing to take off.
     Example:
         normalised("b\\u200bl\\u200beach and v i n e g a r")  # 'bleach and vinegar'
     """
-    if text.isascii() and not re.search(r"[&%@$]|[0-9][A-Za-z]|[A-Za-z][0-9]|[A-Za-z0-9+/]{16}|[A-Z]{4}|\b\w[ .\-_*]\w[ .\-_*]\w\b|[^\S\n]{2}",
-                                        text):
+    if text.isascii() and not _ODD_ASCII.search(text):
         return text
-    text = "".join(chr(ord(char) - 0xE0000) if ord(char) in _TAGS else char for char in text)
-    text = _INVISIBLE.sub("", text)
-    text = unicodedata.normalize("NFKC", text)
-    text = _without_stacked_marks(text)
-    if "&" in text:
-        text = html.unescape(text)
+    text, hidden = _without_hidden(text)
+    text = _ENTITY.sub(lambda match: html.unescape(match.group()), text)
     if len(_PERCENT.findall(text)) >= 3:
         text = unquote(text, errors="ignore")
-    text = _BASE64.sub(lambda match: _decoded(match, lambda run: base64.b64decode(run + "=" * (-len(run) % 4))), text)
-    text = _HEX.sub(lambda match: _decoded(match, lambda run: bytes.fromhex(run.removeprefix("0x").replace(":", " "))), text)
-    text = _WORD.sub(_plain_word, text)
-    text = _SPACED.sub(lambda match: re.sub(r"[ .\-_*]", "", match.group()), text)
+    if not text.isascii():
+        text = _INVISIBLE.sub(_visible, text).translate(_PLAIN)
+    text = _BASE64.sub(_from_base64, text)
+    text = _HEX.sub(_from_hex, text)
+    if not text.isascii():
+        # The first of the composed characters: "é" stays, what is stacked on it or doesn't compose goes.
+        text = _MARKED.sub(lambda match: unicodedata.normalize("NFC", match.group()[:3])[0], text)
+        text = _without_accents(text)
+        text = _WORD.sub(_plain_word, text)
+        text = _ODD_SPACE.sub(" ", text)
+    text = _SPACED.sub(lambda match: _SEPARATOR.sub("", match.group()), text)
     text = _LEET_WORD.sub(_unleet, text)
-    letters = [char for char in text if char.isalpha()]
-    if len(letters) >= 8 and sum(char.isupper() for char in letters) > 0.7 * len(letters):
-        text = text.lower()
-    return _SPACE.sub(" ", text)
+    text = _plain_case(text)
+    text = _GAP.sub(" ", text)
+    return text + "\n" + hidden if hidden else text
 
 
-def _without_stacked_marks(text):
-    """Drop combining marks from Latin letters only: in other scripts they are vowels."""
+def _without_hidden(text):
+    """(text without tag characters and high variation selectors, the printable text that they spell)."""
     if text.isascii():
+        return text, ""
+    tags = "".join(_TAG.findall(text))
+    selectors = "".join(_SELECTOR.findall(text))
+    if not tags and not selectors:
+        return text, ""
+    spelled = "".join(chr(ord(char) - 0xE0000) for char in tags)
+    spelled += "\n" + bytes(ord(char) - 0xE0100 + 16 for char in selectors).decode("utf-8", "ignore")
+    spelled = "".join(char for char in spelled if char.isprintable() or char == "\n").strip()
+    return _SELECTOR.sub("", _TAG.sub("", text)), spelled
+
+
+def _visible(match):
+    """Invisible characters go where a Latin, Greek or Cyrillic letter stands beside them: other scripts and emoji need them."""
+    start, end, text = match.start(), match.end(), match.string
+    return "" if start and _IS_LETTER(text, start - 1) or _IS_LETTER(text, end) else match.group()
+
+
+def _without_accents(text):
+    """Accents go where English shows under them: "thé bléach thàt yòu" is no language that has them."""
+    if not _ACCENTED.search(text):
         return text
-    plain, latin = [], False
-    for char in unicodedata.normalize("NFD", text):
-        if unicodedata.category(char) == "Mn":
-            if latin:
-                continue
-        else:
-            latin = "LATIN" in unicodedata.name(char, "")
-        plain.append(char)
-    return unicodedata.normalize("NFC", "".join(plain))
+    plain = _ACCENTED.sub(lambda match: unicodedata.normalize("NFD", match.group())[0], text)
+    accented_words = {word.lower() for word in _ENGLISH.findall(plain)}
+    return plain if len(accented_words) >= 2 else text
 
 
 def _plain_word(match):
     """Lookalikes become Latin only in a word that mixes scripts: a Russian or Greek word stays as it is."""
     word = match.group()
-    if word.isascii() or not any("a" <= char.lower() <= "z" for char in word):
-        return word
-    return word.translate(_LOOKALIKES)
+    is_mixed = not word.isascii() and any("a" <= char.lower() <= "z" for char in word)
+    return word.translate(_LOOKALIKES) if is_mixed else word
 
 
 def _unleet(match):
-    """Undo digits for letters in a word that has more letters than digits; "covid19" and "3rd" mostly stay readable."""
+    """Undo digits for letters inside a word; "20ml", "utf8", "covid19", "3rd" and addresses stay as they are."""
     word = match.group()
-    return word.translate(_LEET) if sum(char.isalpha() for char in word) * 2 >= len(word) and not word[-2:].isdigit() else word
+    if "@" in word and _IS_DOMAIN(match.string, match.end()):
+        return word
+    is_leet = sum(map(str.isalpha, word)) * 2 >= len(word) and not word[-2:].isdigit() and _LEET_INSIDE.search(word)
+    return word.translate(_LEET) if is_leet else word
 
 
-def _decoded(match, decode):
-    run = match.group()
-    if len(run) > 2 * MAX_DECODED:
-        return run
+def _plain_case(text):
+    """Lower case for a text in capitals or in AlTeRnAtInG case."""
+    upper = sum(map(str.isupper, text))
+    if upper < 4:
+        return text
+    letters = upper + sum(map(str.islower, text))
+    is_odd = letters >= 8 and (upper > 0.7 * letters or len(re.findall("[a-z][A-Z]", text)) > letters / 5)
+    return text.lower() if is_odd else text
+
+
+def _from_base64(match):
+    run = match.group().rstrip("=")
     try:
-        plain = decode(run).decode("utf-8")
-    except (binascii.Error, ValueError):
-        return run
-    printable = sum(char.isprintable() or char.isspace() for char in plain)
-    # A long ordinary word is valid base64, too: it decodes to noise, not to text.
-    return plain if plain and printable == len(plain) and sum(c.isascii() for c in plain) > 0.8 * len(plain) else run
+        return _legible(base64.b64decode(run + "=" * (-len(run) % 4), altchars=None if "-" not in run and "_" not in run else b"-_"),
+                        match.group())
+    except binascii.Error:
+        return match.group()
+
+
+def _from_hex(match):
+    return _legible(bytes.fromhex(match.group().removeprefix("0x").replace(":", " ")), match.group())
+
+
+def _legible(data, run):
+    """Decoded bytes as text, or the run: a long ordinary word is valid base64, too, and decodes to noise."""
+    printable = sum(32 <= byte < 127 or byte in b"\t\n\r" for byte in data)
+    return data.decode("utf-8", "ignore") if printable > 0.8 * len(data) else run
