@@ -481,6 +481,18 @@ def test_58_bad_bodies_are_4xx_and_the_server_lives(proxy, path):
     assert proxy.client.get("/health").status_code == 200 and proxy.is_idle()
 
 
+def test_58_a_flood_of_values_does_not_block_the_event_loop(proxy):
+    body = b'{"answer": [' + b"1," * 8_000_000 + b"1]}"
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(proxy.client.post, "/v1/guard", content=body, headers={"content-type": "application/json"})
+        waits = []
+        while not asked.done() and len(waits) < 200:
+            start = time.monotonic()
+            proxy.client.get("/health")
+            waits.append(time.monotonic() - start)
+    assert asked.result().status_code == 400 and sorted(waits)[len(waits) // 2] < 0.1
+
+
 @pytest.mark.parametrize("proxy", [{"timeout_s": 0.3}], indirect=True)
 def test_58_slow_and_broken_clients(proxy):
     head = b"POST /v1/guard HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
