@@ -11,6 +11,8 @@ import math
 import os
 import platform
 import random
+import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,7 +26,7 @@ from tqdm import tqdm
 from . import data
 from .errors import DataError, ModelError
 from .losses import IGNORE
-from .models import ModelConfig, build
+from .models import KINDS, ModelConfig, build
 from .template import Limits, windows
 
 MICRO_BATCHES = 4  # groups of examples in one batch, each run on its own
@@ -123,11 +125,12 @@ def batches(examples, batch_tokens, rng):
     An example that is longer than a group's share is a group alone.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["ids"]) + rng.random() * 8)
-    groups, group = [], []
+    groups, group, longest = [], [], 0
     for i in order:
-        if group and len(examples[i]["ids"]) * (len(group) + 1) > batch_tokens // MICRO_BATCHES:
+        longest = max(longest, len(examples[i]["ids"]))
+        if group and longest * (len(group) + 1) > batch_tokens // MICRO_BATCHES:
             groups.append(group)
-            group = []
+            group, longest = [], len(examples[i]["ids"])
         group.append(examples[i])
     groups += [group] if group else []
     rng.shuffle(groups)
@@ -184,6 +187,7 @@ def load_rows(config):
             kept.append(row if row.source not in factors else _weighted(row, factors[row.source]))
     if config.kind == "detoxifier":
         kept = data.cap_refusals(kept, config.refusal_cap, config.seed)
+    kept = [row for row in kept if row.weight > 0]  # a batch of rows that weigh nothing has no mean
     if not kept:
         raise DataError(f"train: data must hold rows for a {config.kind}, got none. A detoxifier needs triples, or "
                         "pairs with both labels for one question.")
@@ -196,9 +200,33 @@ def _weighted(row, factor):
 
 def _factors(items, name):
     try:
-        return {source: float(factor) for source, factor in (item.split("=") for item in items)}
+        factors = {source: float(factor) for source, factor in (item.split("=") for item in items)}
     except ValueError:
-        raise ValueError(f"train: {name} must be SOURCE=NUMBER, got {' '.join(items)}.") from None
+        factors = {"": -1.0}
+    if not all(0 <= factor < math.inf for factor in factors.values()):
+        raise ValueError(f"train: {name} must be SOURCE=NUMBER with a number >= 0, got {' '.join(items)}. "
+                         "Write it like diasafety=0.5.")
+    return factors
+
+
+_RANGES = {"depth": (0, math.inf), "rank": (0, math.inf), "alpha": (1e-6, math.inf), "lr": (1e-9, 1), "warmup": (0, 1),
+           "batch_tokens": (MICRO_BATCHES, math.inf), "epochs": (0, math.inf), "minutes": (0, math.inf), "prefix_weight": (0, 1),
+           "answer_only": (0, 1), "augment": (0, 1), "balance": (0, math.inf), "refusal_cap": (0, 1),
+           "rewrite_tokens": (1, math.inf), "checkpoint_s": (0, math.inf), "threads": (0, math.inf)}
+
+
+def _check(config):
+    """Every option before any work: a run must not end in an hour with what could be seen now."""
+    if config.kind not in KINDS:
+        raise ValueError(f"train: kind must be detector or detoxifier, got {config.kind}. Name one.")
+    for name, (least, most) in _RANGES.items():
+        value = getattr(config, name)
+        if not least <= value <= most:  # NaN fails too
+            raise ValueError(f"train: {name} must be between {least} and {most}, got {value}. Change --{name.replace('_', '-')}.")
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"train: device must be auto, cpu or cuda, got {config.device}. Leave it out.")
+    _factors(config.source_weights, "source_weights")
+    _factors(config.loss_weights, "loss_weights")
 
 
 def train(config, progress=True):
@@ -211,8 +239,7 @@ def train(config, progress=True):
     Raises:
         DataError: no usable rows. ModelError: a checkpoint of another configuration. ValueError: a bad option.
     """
-    if config.kind not in ("detector", "detoxifier"):
-        raise ValueError(f"train: kind must be detector or detoxifier, got {config.kind}.")
+    _check(config)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = _device(config.device)
     if world > 1 and not dist.is_initialized():
@@ -231,11 +258,17 @@ def train(config, progress=True):
     trained = list(model.trained().values())
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
     bf16 = bf16_is_faster(device)
+    if world > 1:  # measured, so ranks may differ: the first one decides
+        shared = torch.tensor([float(bf16)], device=device)
+        dist.broadcast(shared, 0)
+        bf16 = bool(shared.item())
     run = _describe(config, rows, device, bf16, model)
     # One epoch's batches are drawn anew from (seed, epoch), so a position in the run is one number: the step.
     per_epoch = len(_epoch(config, rows, model.template, 0))
     total = max(math.ceil(config.epochs * per_epoch), 1)
     step, spent_s = _resume(out, config, model, optimizer)
+    if rank == 0:
+        _cut_log(out / "log.jsonl", step)
     start, last_saved = time.monotonic() - spent_s, time.monotonic()
     bar = tqdm(total=total, initial=step, disable=not progress or rank > 0, desc=config.kind, unit="step")
     log = open(out / "log.jsonl", "a") if rank == 0 else None
@@ -252,7 +285,7 @@ def train(config, progress=True):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
             steps = _epoch(config, rows, model.template, epoch)
-        groups = steps[step % per_epoch]
+        groups = steps[step % per_epoch % len(steps)]  # windows are drawn anew: an epoch may have a batch fewer
         rate = config.lr * min(1.0, share / config.warmup if config.warmup else 1.0) * (1 - share)
         for options in optimizer.param_groups:
             options["lr"] = max(rate, config.lr * 1e-3)
@@ -271,13 +304,14 @@ def train(config, progress=True):
                 value.grad = torch.zeros_like(value) if value.grad is None else value.grad
                 dist.all_reduce(value.grad)
             dist.all_reduce(loss)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        gradient_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         step += 1
-        tokens += _padded_tokens(groups)
         value = loss.item()
-        if not math.isfinite(value):
-            raise RuntimeError(f"train: loss must be finite, got {value} at step {step}. Lower lr.")
+        if not math.isfinite(value) or not math.isfinite(gradient_norm):  # before the step: the weights stay whole
+            raise RuntimeError(f"train: loss and gradient must be finite, got {value} and {gradient_norm:.3g} at step {step}. "
+                               "Lower lr.")
+        optimizer.step()
+        tokens += _padded_tokens(groups)
         smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
         left_s = elapsed_s / max(share, 1e-6) * (1 - share)
         bar.set_postfix_str(f"loss {smooth:.3f}, {tokens / (time.monotonic() - tokens_start):.0f} tokens/s, "
@@ -318,15 +352,22 @@ def _epoch(config, rows, template, epoch):
 def _device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("train: device cuda must have a GPU that PyTorch sees, got none. Use --device auto.")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
 def _start_from(model, folder):
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors, mine = load_file(Path(folder) / "model.safetensors"), model.trained()
+    try:
+        tensors, mine = load_file(Path(folder) / "model.safetensors"), model.trained()
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"train: init must be a folder with a whole model.safetensors, got {type(error).__name__} in {folder}. "
+                         "Check the path.") from None
     if tensors.keys() != mine.keys() or any(tensors[name].shape != mine[name].shape for name in mine):
         raise ModelError(f"train: init must have this model's tensors, got others in {folder}. Use the same depth and rank.")
     with torch.no_grad():
@@ -345,7 +386,10 @@ def _resume(out, config, model, optimizer):
     path = out / "checkpoint.pt"
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: a checkpoint can't run code
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: a checkpoint can't run code
+    except Exception as error:  # a parser of whatever the file holds: any error of its is the file's
+        raise ModelError(f"train: {path} must be a whole checkpoint, got {type(error).__name__}. Delete it to start anew.") from None
     if state["config"] != _identity(config):
         raise ModelError(f"train: {path} must be of this configuration, got another. Delete it or change --out.")
     with torch.no_grad():
@@ -356,6 +400,13 @@ def _resume(out, config, model, optimizer):
     return state["step"], state["spent_s"]
 
 
+def _cut_log(path, step):
+    """Drop the log's lines of steps that are run again, or of an earlier run."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)[:step]  # a line per step
+        path.write_text("".join(lines))
+
+
 def _identity(config):
     """What must not change between the parts of one run."""
     return json.dumps({**asdict(config), "out": "", "threads": 0, "checkpoint_s": 0, "device": ""}, sort_keys=True)
@@ -364,10 +415,11 @@ def _identity(config):
 def _describe(config, rows, device, bf16, model):
     import transformers
 
-    commit = os.popen("git rev-parse HEAD 2>/dev/null").read().strip()
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True) \
+        if shutil.which("git") else None
     return {"config": asdict(config), "rows": len(rows), "rows_by_source": dict(Counter(row.source for row in rows)),
             "fingerprint": data.fingerprint(rows), "device": str(device), "bf16": bf16,
             "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
             "trained_parameters": sum(value.numel() for value in model.trained().values()),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "transformers": transformers.__version__}, "commit": commit}
+                         "transformers": transformers.__version__}, "commit": git.stdout.strip() if git else ""}

@@ -29,7 +29,7 @@ class Tiny:
 
 
 def read_gguf(path):
-    """({key: value}, {tensor name: (shape, type, offset)}) of a GGUF file, by its specification."""
+    """({key: value}, {tensor name: (shape, type, bytes)}) of a GGUF file, by its specification."""
     data, at = Path(path).read_bytes(), 8
 
     def take(kind):
@@ -54,7 +54,12 @@ def read_gguf(path):
     tensors = {}
     for _ in range(n_tensors):
         name = take(_STRING)
-        tensors[name] = (tuple(take(10) for _ in range(take(4))), take(4), take(10))
+        tensors[name] = (tuple(take(10) for _ in range(take(4)))[::-1], take(4), take(10))  # the last dimension stands first
+    start = -(-at // 32) * 32
+    block = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 8: (32, 34), 14: (256, 210)}  # values, bytes of F32, F16, Q4_0, Q4_1, Q8_0, Q6_K
+    for name, (shape, kind, offset) in tensors.items():
+        values, size = block[kind]
+        tensors[name] = (shape, kind, data[start + offset:start + offset + int(np.prod(shape)) // values * size])
     return fields, tensors
 
 
