@@ -38,7 +38,9 @@ logger = logging.getLogger("protector")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_HEADER_BYTES = 16 * 1024
 MAX_ANSWER_BYTES = 16 << 20  # of an upstream's whole answer
-MAX_VALUES = 500_000  # commas in a request: the JSON parser holds the interpreter while it reads a list, an image has none
+# Commas in a request. Trap: json.loads holds the interpreter, and so the event loop: 0.86 s for 16 million numbers, 0.02 s for these,
+# 0.03 s for 31 MiB of one image, which has none.
+MAX_VALUES = 500_000
 MAX_INPUTS = 64  # texts of one moderation request
 READY_S = 10.0  # the canaries are scored again after this time at the earliest
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
