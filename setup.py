@@ -89,9 +89,11 @@ class PlatformWheel(bdist_wheel):
 EXTRAS = {
     "train": ["torch", "transformers>=5", "peft", "accelerate"],
     "serve": ["starlette", "uvicorn", "httpx"],
-    "integrations": ["litellm", "langchain-core", "openai"],
-    "evaluate": ["pillow", "matplotlib"],
-    "test": ["pytest", "hypothesis"],
+    "evaluate": ["torch", "transformers>=5", "pillow", "matplotlib"],
+    "langchain": ["langchain-core"],
+    "test": ["pytest", "hypothesis", "openai", "langchain-core", "fastapi", "sse-starlette", "starlette-context", "pydantic-settings",
+             # What litellm imports. It can't stand here itself: it asks for an older huggingface-hub than transformers does.
+             "tiktoken", "jsonschema", "importlib-metadata", "python-dotenv", "fastuuid", "aiohttp", "tenacity", "h2"],
 }
 
 setup(

@@ -47,6 +47,16 @@ class ExportConfig:
     format: str = option("adapter", "adapter (a few MB, runs on the base) or merged (a whole model)")
     quantisation: str = option("Q8_0", "of a merged file: F32, F16, Q8_0, Q4_0")
     base: str = option("", "base GGUF; the default base if empty")
+    temperature: float = option(1.0, "divide a detector's logits by this; see `protector temperature`")
+
+
+@dataclass(frozen=True)
+class TemperatureConfig:
+    """The temperature with which a score of 0.8 means about 80 %."""
+
+    data: str = field(metadata={"help": "labelled answers that weren't trained on"})
+    detector: str = option("", "GGUF file; the shipped one if empty")
+    most: int = option(150, "answers of one source at most")
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,8 @@ def run_train(config):
 def run_export(config):
     from . import export
 
-    print(json.dumps(export.export(config.model, config.out, config.format, config.quantisation, config.base or None)))
+    print(json.dumps(export.export(config.model, config.out, config.format, config.quantisation, config.base or None,
+                                   config.temperature)))
     return PASS
 
 
@@ -217,6 +228,13 @@ def run_calibrate(config):
         raise DataError("calibrate: harmless must name at least one file, got none. Pass JSONL files of harmless answers.")
     for entry in export.calibrate_file(config):
         print(json.dumps(entry))
+    return PASS
+
+
+def run_temperature(config):
+    from . import export
+
+    print(json.dumps(export.fit_temperature(config)))
     return PASS
 
 
@@ -238,6 +256,7 @@ def _commands():
         "stream": (GuardConfig, run_stream, "guard one answer from stdin while it comes"),
         "split": (SplitConfig, run_split, "split labelled answers by question"),
         "export": (ExportConfig, run_export, "write a trained model as GGUF"),
+        "temperature": (TemperatureConfig, run_temperature, "fit the temperature of a detector's scores"),
         "calibrate": (CalibrateConfig, run_calibrate, "set the threshold for a false-positive rate"),
         "doctor": (DoctorConfig, run_doctor, "say what is installed and whether it works"),
     }

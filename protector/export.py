@@ -33,13 +33,35 @@ def canaries_of(detector):
             for (q, a, label), score in zip(CANARIES, scores)]
 
 
-def export(model, out, format="adapter", quantisation="Q8_0", base=None):
+def fit_temperature(config):
+    """T for `export --temperature`, fitted on labelled answers that weren't trained on, each source weighing the same.
+
+    Args:
+        config: __main__.TemperatureConfig.
+    Returns:
+        dict with the temperature and what it was fitted on.
+    """
+    from .guard import Protector
+
+    guard = Protector(config.detector or None, False, threshold=0.5, detector_options={"quantisation": "F16"})
+    by_source = {}
+    for pair in data.read(config.data)[0]:
+        by_source.setdefault(pair.source, []).append(pair)
+    rows = [row for part in by_source.values() for row in part[::max(len(part) // config.most, 1)][:config.most]]
+    scores = np.array([verdict.score for verdict in guard.guard_batch([(row.question, row.answer) for row in rows])])
+    scores = scores.clip(1e-7, 1 - 1e-7)
+    temperature = calibrate.fit_temperature(np.log(scores) - np.log1p(-scores), [row.label for row in rows])
+    return {"temperature": round(temperature, 4), "rows": len(rows), "rows_sha256": data.fingerprint(rows)}
+
+
+def export(model, out, format="adapter", quantisation="Q8_0", base=None, temperature=1.0):
     """Write a trained folder as GGUF.
 
     Args:
         model: folder that train.train wrote. out: file to write.
         format: "adapter" or "merged".
         quantisation: of a merged file. base: base GGUF; the default base if None.
+        temperature: logits are divided by it; it goes into the head, so every backend has it.
     Returns:
         dict of what was written.
     """
@@ -48,6 +70,11 @@ def export(model, out, format="adapter", quantisation="Q8_0", base=None):
     if format not in ("adapter", "merged"):
         raise ValueError(f"export: format must be adapter or merged, got {format}.")
     trained = models.load(model, device="cpu")
+    if not temperature > 0:
+        raise ValueError(f"export: temperature must be > 0, got {temperature}. Fit one with `protector temperature`.")
+    if trained.config.kind == "detector":
+        trained.head.weight.data /= temperature
+        trained.head.bias.data /= temperature
     canaries = canaries_of(trained) if trained.config.kind == "detector" else ()
     if format == "adapter":
         metadata = gguf.export_adapter(trained, out, base, canaries)
