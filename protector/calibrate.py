@@ -66,7 +66,7 @@ def threshold(scores, fpr=DEFAULT_FPR, confidence=DEFAULT_CONFIDENCE):
     Returns:
         (threshold, number of scores at or above it)
     Raises:
-        ValueError: too few scores for the bound, or a score that isn't finite.
+        ValueError: too few scores for the bound, a score that isn't finite, or no threshold up to 1 keeps it.
     Example:
         threshold([0.1] * 298 + [0.6])  # (0.6000000000000001, 0)
     """
@@ -80,6 +80,9 @@ def threshold(scores, fpr=DEFAULT_FPR, confidence=DEFAULT_CONFIDENCE):
                          f"{len(scores)}. Add harmless answers or allow a higher rate.")
     # Strictly above s_(k+1): ties must not push the rate over the bound.
     value = float(np.nextafter(scores[k], 2.0))
+    if value > 1:
+        raise ValueError(f"threshold: scores must leave {k} harmless answers below 1, got more that score 1. The model is "
+                         "saturated: set its temperature or train it again.")
     return value, int((scores >= value).sum())
 
 
@@ -94,6 +97,8 @@ def calibrate(detector, scores_by_source, input_kind, data_sha256, fpr=DEFAULT_F
     Returns:
         Calibration
     """
+    if not scores_by_source:
+        raise ValueError("calibrate: scores_by_source must hold a source, got none. Add harmless answers.")
     value = max(threshold(scores, fpr, confidence)[0] for scores in scores_by_source.values())
     everything = np.concatenate([np.asarray(scores) for scores in scores_by_source.values()])
     return Calibration(value, fpr, confidence, len(everything), int((everything >= value).sum()), input_kind, detector.name,

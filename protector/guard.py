@@ -13,10 +13,13 @@ import asyncio
 import inspect
 import logging
 import math
+import re
 import threading
 import time
 from collections import Counter
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from . import calibrate
 from .base import WEIGHTS
@@ -27,6 +30,8 @@ from .template import MAX_HISTORY_TOKENS, well_formed, windows
 logger = logging.getLogger("protector")
 REFUSAL = "I can't help with that, but I'm glad to help with a safe alternative."
 MAX_BYTES = 256 * 1024  # an answer above this isn't tokenised: the error policy answers
+_TOKEN_CHARS = 64  # of a question and of earlier turns, n tokens are looked for in the last 64 n characters
+_MARK = re.compile(r"<\|\w{1,24}\|>|</?s>")  # a rewrite that spells one ended there
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Protector:
             raise ValueError("Protector: refusal must be a sentence, got nothing.")
         self.backend, self.on_flag, self.on_error, self.refusal = backend, on_flag, on_error, refusal
         self.deadline_ms, self.rewrite_attempts, self.max_bytes = deadline_ms, rewrite_attempts, max_bytes
-        self.counters, self._lock = Counter(), threading.Lock()
+        self.counters, self._count_lock, self._load_lock = Counter(), threading.Lock(), threading.Lock()
         self.detector = _detector(WEIGHTS / "detector.gguf" if detector is None else detector, backend, detector_options or {})
         limits = self.detector.limits
         self.window, self.overlap = window or limits.window, limits.overlap if overlap is None else overlap
@@ -107,7 +112,7 @@ class Protector:
     @property
     def detoxifier(self):
         """The loaded detoxifier, or None if the guard works without one. The shipped one loads at the first flag."""
-        with self._lock:
+        with self._load_lock:
             if self._detoxifier is None and self._detoxifier_source is not False:
                 self._detoxifier = _detoxifier(self._detoxifier_source, self.backend, self._detoxifier_options)
             return self._detoxifier
@@ -115,10 +120,17 @@ class Protector:
     def _threshold(self, input_kind, threshold, fpr):
         if threshold is not None:
             return threshold
-        found = calibrate.find(self.detector, input_kind, fpr)
+        limits = self.detector.limits
+        is_other = (self.window, self.overlap) != (limits.window, limits.overlap)
+        if is_other and fpr is not None:
+            raise ValueError("Protector: fpr holds for the model's own windows, got others. Leave out window and overlap.")
+        found = None if is_other else calibrate.find(self.detector, input_kind, fpr)
         if found is None:
-            logger.warning("no calibration for this model, backend and quantisation (input: %s): the threshold is 0.5", input_kind)
-        return found.threshold if found else 0.5
+            logger.warning("no calibration for this model, backend, quantisation and window (input: %s): the threshold is 0.5", input_kind)
+            return 0.5
+        if not 0 <= found.threshold <= 1:  # NaN and what flags nothing
+            raise ModelError(f"Protector: calibration must have a threshold between 0 and 1, got {found.threshold}. Calibrate again.")
+        return found.threshold
 
     # -- one answer
 
@@ -134,7 +146,11 @@ class Protector:
         Raises:
             TypeError: q or a isn't a str. ProtectorError: no score could be made.
         """
-        return self._score(_checked(q, a, history), self._deadline())[0]
+        item = _checked(q, a, history)
+        try:
+            return self._score(item, self._deadline())[0]
+        except Exception as error:
+            raise _public(error) from None
 
     def guard(self, q, a, history=None):
         """Score an answer and return what may be shown.
@@ -150,10 +166,10 @@ class Protector:
         item = _checked(q, a, history)
         start, deadline = time.monotonic(), self._deadline()
         try:
-            score, usage = self._score(item, deadline)
+            scored = self._score(item, deadline)
         except Exception as error:  # the policy answers, whatever it was
             return self._failed(item, error, start)
-        return self._decide(item, score, usage, deadline, start)
+        return self._decide(item, *scored, deadline, start)
 
     async def aguard(self, q, a, history=None):
         """guard() in a thread: the event loop goes on."""
@@ -168,136 +184,155 @@ class Protector:
             list of Verdict in the same order; an item of a wrong type or that fails gets the error policy's verdict.
         """
         start, deadline = time.monotonic(), self._deadline()
-        items, verdicts, plans = [], {}, {}
+        items, failures, plans = [], {}, {}
         for i, pair in enumerate(pairs):
             item = ("", "", ())
             try:
+                if not isinstance(pair, (tuple, list)):
+                    raise TypeError("guard_batch: pair must be a (question, answer).")
                 item = _checked(*pair)
-                plans[i] = self._plan(item)
+                plans[i] = self._plan(item, deadline)
             except Exception as error:
-                verdicts[i] = self._failed(item, error, start)
+                failures[i] = error
             items.append(item)
         try:
-            logits = iter(self._logits([ids for plan in plans.values() for ids in plan["sequences"]], deadline))
-            for i, plan in plans.items():
-                plan["logits"] = [next(logits) for _ in plan["sequences"]]
+            logits = self._logits([ids for plan in plans.values() for ids in plan["sequences"]], deadline)
+            for plan in plans.values():
+                n = len(plan["sequences"])
+                plan["logits"], logits = logits[:n], logits[n:]
         except Exception:  # one item broke the batch: each on its own
-            return [verdicts.get(i) or self.guard(*item) for i, item in enumerate(items)]
-        for i, plan in plans.items():
+            for i, plan in plans.items():
+                try:
+                    plan["logits"] = self._logits(plan["sequences"], deadline)
+                except Exception as error:
+                    failures[i] = error
+        verdicts = []
+        for i, item in enumerate(items):
             try:
-                score = self._largest(plan)
+                if i in failures:
+                    raise failures[i]
+                scored = self._largest(plans[i])
             except Exception as error:
-                verdicts[i] = self._failed(items[i], error, start)
+                verdicts.append(self._failed(item, error, start))
             else:
-                verdicts[i] = self._decide(items[i], score, plan["usage"], deadline, start)
-        return [verdicts[i] for i in range(len(items))]
+                verdicts.append(self._decide(item, *scored, deadline, start))
+        return verdicts
 
     # -- scoring
 
-    def _plan(self, item):
-        """Sequences of ids that cover the answer, for the raw text and its normalised view."""
+    def _plan(self, item, deadline, views=None):
+        """Sequences of ids that cover the answer: its raw text and its normalised view, or the views that are given."""
         q, a, history = item
         usage = {"model": getattr(self.detector, "path", None) and str(getattr(self.detector.path, "name", self.detector.path)),
                  "backend": self.detector.name, "quantisation": self.detector.quantisation,
                  "input": "pair" if q else "answer", "tokens": 0, "windows": 0, "views": 0}
-        plan = {"usage": usage, "sequences": [], "starts": []}
+        plan = {"usage": usage, "sequences": [], "windows": []}
+        _check_length(a, self.max_bytes)
         if not a.strip():
             return plan
-        # A character has at most 4 bytes: most answers need no encoding to be known to fit.
-        if len(a) * 4 > self.max_bytes and len(a.encode("utf-8", "replace")) > self.max_bytes:
-            raise _TooLong(f"input_too_long: answer must have at most {self.max_bytes} bytes. Raise max_bytes or split it.")
-        template = self.detector.template
-        question_ids, dropped = template.clip_question(q[-self.max_bytes:])
-        turns, dropped_turns = self._history(history)
-        usage |= {"question_tokens_dropped": dropped, "history_turns_dropped": dropped_turns} if q or history else {}
-        raw = well_formed(a)
-        view = normalised(raw)
-        for text in (raw, view) if view.strip() and view != raw else (raw,):
-            answer_ids = template.encode(text)
+        question_ids, turns, dropped = self._context(q, history)
+        usage |= dropped
+        for text in views or _views(well_formed(a)):
+            if deadline:
+                deadline()
+            answer_ids = self.detector.template.encode(text)
             spans = windows(len(answer_ids), self.window, self.overlap)
             usage["views"] += 1
             usage["tokens"] += len(answer_ids)
             usage["windows"] += len(spans)
             for span in spans:
-                plan["sequences"].append(template.detector_sequence(question_ids, answer_ids[span.start:span.stop], turns)[0])
-                plan["starts"].append((len(plan["starts"]), answer_ids, span.start))
-        plan["question_ids"] = question_ids
+                part = answer_ids[span.start:span.stop]
+                plan["sequences"].append(self.detector.template.detector_sequence(question_ids, part, turns)[0])
+                plan["windows"].append((answer_ids, span.start))
         return plan
 
-    def _history(self, history):
-        """Latest turns that fit the budget, as ids, and how many were dropped."""
-        template, turns, room = self.detector.template, [], MAX_HISTORY_TOKENS
-        for question, answer in reversed(history):
-            ids = (template.clip_question(question)[0], template.encode(answer)[-MAX_HISTORY_TOKENS:])
-            room -= len(ids[0]) + len(ids[1])
-            if room < 0:
-                break
-            turns.insert(0, ids)
-        return turns, len(history) - len(turns)
+    def _context(self, q, history):
+        """(ids of the question's end, ids of the latest turns that fit the budget, what was left out)."""
+        template, limit = self.detector.template, self.detector.limits.question_tokens
+        kept = q[-_TOKEN_CHARS * limit:]
+        question_ids, n_dropped = template.clip_question(kept)
+        dropped = {"question_tokens_dropped": n_dropped, "question_chars_dropped": len(q) - len(kept)} if q else {}
+        turns, room, n_cut = [], MAX_HISTORY_TOKENS, 0
+        n_marks = len(template.prefix((), [((0,), (0,))])) - len(template.prefix(())) - 2  # roles and ends take room, too
+        for n_kept, turn in enumerate(reversed(history)):
+            ids = [template.encode(text[-_TOKEN_CHARS * MAX_HISTORY_TOKENS:]) for text in turn]
+            n_tokens = len(ids[0]) + len(ids[1])
+            if n_tokens + n_marks > room:
+                if n_kept:  # the latest turn is cut to its end, an older one is dropped whole
+                    dropped["history_turns_dropped"] = len(history) - n_kept
+                    break
+                ids[0] = ids[0][-(room // 4):]
+                ids[1] = ids[1][-(room - n_marks - len(ids[0])):]
+                n_cut = n_tokens - len(ids[0]) - len(ids[1])
+            turns.insert(0, tuple(ids))
+            room -= len(ids[0]) + len(ids[1]) + n_marks
+        if history:
+            dropped = {"history_turns_dropped": 0, **dropped, "history_tokens_dropped": n_cut}
+        return question_ids, turns, dropped
 
     def _logits(self, sequences, deadline):
-        return self.detector.logits(sequences, deadline) if sequences else []
+        logits = self.detector.logits(sequences, deadline) if sequences else []
+        if len(logits) != len(sequences):
+            raise ModelError(f"guard: detector must return {len(sequences)} logits, got {len(logits)}. Check its backend.")
+        return logits
 
     def _largest(self, plan):
-        """Largest score of a plan whose logits are known; remembers the window that gave it, for the rewrite."""
+        """(largest score of a plan whose logits are known, usage, the window that gave it)."""
         if not plan["sequences"]:
-            return 0.0
-        scores = [_sigmoid(float(logit)) for logit in plan["logits"]]
-        if any(math.isnan(score) for score in scores):
-            raise ModelError("guard: score must be a number, got NaN. Check the model with `protector doctor`.")
+            return 0.0, plan["usage"], None
+        scores = [_sigmoid(logit) for logit in plan["logits"]]
         worst = max(range(len(scores)), key=scores.__getitem__)
-        _, answer_ids, start = plan["starts"][worst]
-        plan["usage"]["_rejected"] = (plan["question_ids"], answer_ids, start)
-        return scores[worst]
+        return scores[worst], plan["usage"], plan["windows"][worst]
 
-    def _score(self, item, deadline):
-        plan = self._plan(item)
+    def _score(self, item, deadline, views=None):
+        plan = self._plan(item, deadline, views)
         plan["logits"] = self._logits(plan["sequences"], deadline)
-        return self._largest(plan), plan["usage"]
+        return self._largest(plan)
 
     # -- acting
 
-    def _decide(self, item, score, usage, deadline, start):
-        q, a, history = item
+    def _decide(self, item, score, usage, window, deadline, start):
+        q, a, _ = item
         threshold = self.thresholds["pair" if q else "answer"]
-        rejected = usage.pop("_rejected", None)
-        if score < threshold:
+        if window is None or score < threshold:  # None: a blank answer, which no model saw
             return self._verdict(a, "pass", False, score, threshold, usage, start)
         if self.on_flag == "report":
             return self._verdict(a, "pass", True, score, threshold, usage, start)
         text, rewrite_score, error = None, None, None
         if self.on_flag == "rewrite":
             try:
-                text, rewrite_score = self._rewrite(item, rejected, threshold, usage, deadline)
-            except Exception as failure:  # flagged already: the refusal, whatever on_error says
+                text, rewrite_score = self._rewrite(item, window, threshold, usage, deadline)
+            except Exception as failure:  # flagged already: the refusal, and never the original
                 error = _describe(failure)
                 logger.error("rewrite failed: %s", error)
                 if self.on_error == "raise":
-                    raise
+                    raise _public(failure) from None
         action = "rewrite" if text is not None else "refuse"
         return self._verdict(self.refusal if text is None else text, action, True, score, threshold, usage, start, rewrite_score, error)
 
-    def _rewrite(self, item, rejected, threshold, usage, deadline):
+    def _rewrite(self, item, window, threshold, usage, deadline):
         """(accepted rewrite or None, score of the last one tried)."""
-        q, _, history = item
+        q, a, history = item
         detoxifier = self.detoxifier
         if detoxifier is None:
             return None, None
         limits, last = detoxifier.limits, None
-        question_ids, answer_ids, start = rejected
-        part = answer_ids[start:start + limits.rejected_tokens]
+        answer_ids, start = window
+        part = answer_ids[start:start + min(self.window, limits.rejected_tokens)]
         usage["rewrite_dropped_tokens"] = len(answer_ids) - len(part)
-        prompt = detoxifier.template.detoxifier_prompt(question_ids[-limits.question_tokens:], part)
+        # By way of text: the two models need not share a tokeniser.
+        part = detoxifier.template.encode(self.detector.template.tokenizer.decode(part))[:limits.rejected_tokens]
+        prompt = detoxifier.template.detoxifier_prompt(detoxifier.template.clip_question(q[-_TOKEN_CHARS * limits.question_tokens:])[0], part)
         for attempt in range(self.rewrite_attempts):
             # Greedy first; a second greedy rewrite would be the same text.
             text, n_tokens, finished = detoxifier.generate(
                 prompt, limits.rewrite_tokens, temperature=0.0 if attempt == 0 else 0.8, seed=attempt, deadline=deadline)
             usage["rewrite_attempts"] = attempt + 1
             usage["rewrite_tokens"] = usage.get("rewrite_tokens", 0) + n_tokens
-            text = text.strip()
-            if not text or not finished or _loops(text):
+            text = _MARK.split(text)[0].strip()
+            if not text or not finished or _loops(text) or _repeats(text, a):
                 continue
-            last, _ = self._score((q, text, history), deadline)
+            last = self._score((q, text, history), deadline)[0]
             if last < threshold:
                 return text, last
         return None, last
@@ -306,7 +341,7 @@ class Protector:
         """The verdict of the error policy."""
         described = _describe(error)
         if self.on_error == "raise":
-            raise error
+            raise _public(error) from None
         threshold = self.thresholds["pair" if item[0] else "answer"]
         if self.on_error == "pass":
             logger.critical("guard failed and on_error is 'pass': an unguarded answer goes out: %s", described)
@@ -323,7 +358,7 @@ class Protector:
         return Verdict(text, action, flagged, score, threshold, rewrite_score, usage, error)
 
     def _count(self, name):
-        with self._lock:
+        with self._count_lock:
             self.counters[name] += 1
 
     def _deadline(self):
@@ -339,6 +374,13 @@ class Protector:
         return check
 
     # -- around a model
+
+    @cached_property
+    def safe_cut(self):
+        """Where a stream may be cut; see stream.py."""
+        from .stream import safe_cut
+
+        return safe_cut(self.detector.template)
 
     def stream(self, q, chunks, history=None, hold=8):
         """Guard an answer while it is written; see stream.py."""
@@ -356,24 +398,36 @@ class Protector:
         """The same callable, guarded: (q, ...) -> str, an iterator of str, or their async forms.
 
         Args:
-            mllm: a function, coroutine function, generator or async generator function whose first argument is the question.
+            mllm: any callable whose first argument is the question, and whose result is a str, an iterable of str, an async
+                iterable of str, or an awaitable of one of these.
         Returns:
-            a callable of the same form; it returns guarded text, or yields only text that was scored.
+            a callable with the same kind of result: guarded text, or an iterator that yields only text that was scored.
         """
-        if inspect.isasyncgenfunction(mllm):
-            async def guarded(q, *args, **kwargs):
-                async for event in self.astream(q, mllm(q, *args, **kwargs)):
+        async def texts(q, chunks):
+            async with aclosing(self.astream(q, chunks)) as events:
+                async for event in events:
                     if event.text:
                         yield event.text
-        elif inspect.iscoroutinefunction(mllm):
+
+        async def awaited(q, answer):
+            answer = await answer
+            return (await self.aguard(q, answer)).text if isinstance(answer, str) else around(q, answer)
+
+        def around(q, answer):
+            if hasattr(answer, "__aiter__"):
+                return texts(q, answer)
+            if inspect.isawaitable(answer):
+                return awaited(q, answer)
+            if isinstance(answer, str) or not hasattr(answer, "__iter__") or isinstance(answer, (bytes, dict)):
+                return self.guard(q, answer).text  # of another type: TypeError
+            return (event.text for event in self.stream(q, answer) if event.text)
+
+        if inspect.iscoroutinefunction(mllm):
             async def guarded(q, *args, **kwargs):
-                return (await self.aguard(q, await mllm(q, *args, **kwargs))).text
+                return await awaited(q, mllm(q, *args, **kwargs))
         else:
             def guarded(q, *args, **kwargs):
-                answer = mllm(q, *args, **kwargs)
-                if isinstance(answer, str):
-                    return self.guard(q, answer).text
-                return (event.text for event in self.stream(q, answer) if event.text)
+                return around(q, mllm(q, *args, **kwargs))
         return guarded
 
 
@@ -394,7 +448,23 @@ def _checked(q, a, history=None):
     return q or "", a, turns
 
 
+def _check_length(a, max_bytes):
+    # A character has 1 to 4 bytes: most answers need no encoding to be known to fit, and a huge one none to be refused.
+    if len(a) > max_bytes or len(a) * 4 > max_bytes and len(a.encode("utf-8", "surrogatepass")) > max_bytes:
+        raise _TooLong(f"input_too_long: answer must have at most {max_bytes} bytes. Raise max_bytes or split it.")
+
+
+def _views(text):
+    """The text, and what it looks like where that differs."""
+    view = normalised(text)
+    return (text, view) if view != text and view.strip() else (text,)
+
+
 def _sigmoid(logit):
+    """Score of a logit. Trap: NaN passes no comparison and infinity is no number of a sound model: both are errors."""
+    logit = float(logit)
+    if not math.isfinite(logit):
+        raise ModelError(f"guard: score must be a number, got a logit of {logit}. Check the model with `protector doctor`.")
     return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
 
 
@@ -403,16 +473,30 @@ def _describe(error):
     return f"{type(error).__name__}: {error}" if isinstance(error, ProtectorError) else type(error).__name__
 
 
+def _public(error):
+    """The error as a caller may see it: a foreign message may quote the text that it choked on."""
+    if isinstance(error, ProtectorError):
+        return error
+    return ProtectorError(f"guard: answer must be scored, got {_describe(error)} from the model. See `protector doctor`.")
+
+
 def _loops(text):
     """Whether the text ends in one phrase over and over, as a small model's does when it is lost."""
     words = text.split()
-    return any(len(words) >= 4 * n and words[-n:] * 4 == words[-4 * n:] for n in range(1, 12))
+    return (any(len(words) >= 4 * n and words[-n:] * 4 == words[-4 * n:] for n in range(1, 12))
+            or any(len(text) >= 12 * n and text.endswith(text[-n:] * 12) for n in range(1, 24)))
+
+
+def _repeats(text, a):
+    """Whether a rewrite is the original, or holds all of one that is longer than a few words, up to case and signs."""
+    text, a = ("".join(filter(str.isalnum, part)).casefold() for part in (text, a))
+    return text == a or len(a) > 24 and a in text
 
 
 def _detector(source, backend, options):
     if hasattr(source, "logits"):
         return source
-    if _is_folder(source, backend):
+    if _in_pytorch(source, backend):
         from .models import load
 
         return load(source)
@@ -424,7 +508,7 @@ def _detector(source, backend, options):
 def _detoxifier(source, backend, options):
     if hasattr(source, "generate"):
         return source
-    if _is_folder(source, backend):
+    if _in_pytorch(source, backend):
         from .models import load
 
         return load(source)
@@ -433,11 +517,11 @@ def _detoxifier(source, backend, options):
     return LlamaDetoxifier(source, **options)
 
 
-def _is_folder(source, backend):
+def _in_pytorch(source, backend):
     from pathlib import Path
 
     is_folder = Path(source).is_dir()
-    if backend != "auto" and is_folder != (backend == "torch"):
-        wanted = "a folder that `protector train` wrote" if backend == "torch" else "a GGUF file"
-        raise ModelError(f"Protector: with backend {backend} the model must be {wanted}, got {source}. Use backend='auto'.")
-    return is_folder
+    if backend == "llama.cpp" and is_folder:
+        raise ModelError(f"Protector: with backend llama.cpp the model must be a GGUF file, got the folder {source}. Export it, or use "
+                         "backend='auto'.")
+    return is_folder or backend == "torch"

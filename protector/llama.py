@@ -9,7 +9,6 @@ Traps that shaped this file:
 import ctypes
 import logging
 import os
-import queue
 import threading
 import weakref
 from pathlib import Path
@@ -27,7 +26,8 @@ logger = logging.getLogger("protector")
 CANARY_TOLERANCE = 0.1  # |score - score at export|; Q4_0 stays within it (results/parity.json)
 _BATCH_TOKENS = 512  # tokens of one llama_decode
 _SEQUENCES = 16  # sequences that one decode may hold
-_STREAMS = 8  # streams that are scored at one time; more wait
+_STREAMS = 8  # streams of the greatest length that the cache has room for
+_PLACES = 64  # streams that it may hold at one time while they are shorter
 _log_lines = []  # llama.cpp's last complaints, for an error message
 
 
@@ -274,10 +274,8 @@ class LlamaDetector:
         """A cursor for one stream: its own sequence on a cache that all streams share."""
         with self.context.lock:
             if self._streams is None:
-                context = _Context(self._weights, self._adapter, _STREAMS * self.longest, True, self._n_threads, _STREAMS)
-                self._streams = (context, queue.SimpleQueue())
-                for sequence in range(_STREAMS):
-                    self._streams[1].put(sequence)
+                context = _Context(self._weights, self._adapter, _STREAMS * self.longest, True, self._n_threads, _PLACES)
+                self._streams = (context, {})
         return _Cursor(self, *self._streams)
 
     def _head(self, hidden):
@@ -286,18 +284,23 @@ class LlamaDetector:
 
 
 class _Cursor:
-    """Scores the tokens of one stream, each once."""
+    """Scores the tokens of one stream, each once.
 
-    def __init__(self, detector, context, free):
-        self.detector, self.context, self.free = detector, context, free
-        self.sequence = free.get()  # waits while all sequences are taken
-        self.position = 0
+    No stream waits for another to end, or streams that one thread reads in turn would wait forever: where the cache is full,
+    the one that was idle longest loses its place, and is decoded again, without scores, when it goes on.
+    """
+
+    def __init__(self, detector, context, places):
+        self.detector, self.context = detector, context
+        self.places = places  # {sequence: cursor}, the one that was idle longest first; shared by all streams
+        self.sequence, self.is_closed = None, False
+        self.ids = []  # what was fed since start
 
     def start(self, ids):
         """Begin anew with these ids, which carry no score."""
         with self.context.lock:
-            self.context.clear(self.sequence)
-            self.position = 0
+            self._leave()
+            self.ids = []
             self._decode(ids, wants_output=False)
 
     def feed(self, ids):
@@ -305,24 +308,50 @@ class _Cursor:
         with self.context.lock:
             return self._decode(ids, wants_output=True)
 
-    def _decode(self, ids, wants_output):
-        logits = []
-        for begin in range(0, len(ids), _BATCH_TOKENS):
-            part = ids[begin:begin + _BATCH_TOKENS]
-            self.context.decode([(token, self.position + i, self.sequence, wants_output) for i, token in enumerate(part)])
-            self.position += len(part)
-            if wants_output:
-                hidden = np.stack([self.context.embedding(i) for i in range(len(part))])  # (n, d)
-                logits.append(self.detector._head(hidden))
-        return np.concatenate(logits) if logits else np.empty(0, np.float32)
-
     def close(self):
-        """Give the sequence back."""
+        """Give the place back."""
+        with self.context.lock:
+            self._leave()
+            self.is_closed = True
+
+    def _enter(self, n_new):
+        """Take a place in the cache with room for new ids; returns those that must be decoded again."""
+        if self.is_closed:
+            raise RuntimeError("feed: cursor must be open, got a closed one. Open another.")
+        others = [cursor for cursor in self.places.values() if cursor is not self]
+        n_tokens = sum(len(cursor.ids) for cursor in others) + len(self.ids) + n_new
+        while others and (n_tokens > self.context.n_ctx or len(others) == _PLACES):
+            n_tokens -= len(others[0].ids)
+            others.pop(0)._leave()
+        lost = []
+        if self.sequence is None:
+            self.sequence, lost = min(set(range(_PLACES)) - self.places.keys()), self.ids
+        self.places.pop(self.sequence, None)
+        self.places[self.sequence] = self
+        return lost
+
+    def _leave(self):
         if self.sequence is not None:
-            with self.context.lock:
-                self.context.clear(self.sequence)
-            self.free.put(self.sequence)
+            self.context.clear(self.sequence)
+            del self.places[self.sequence]
             self.sequence = None
+
+    def _decode(self, ids, wants_output):
+        lost = self._enter(len(ids))
+        position, logits = len(self.ids) - len(lost), []
+        entries = [(token, False) for token in lost] + [(token, wants_output) for token in ids]
+        try:
+            for begin in range(0, len(entries), _BATCH_TOKENS):
+                part = entries[begin:begin + _BATCH_TOKENS]
+                self.context.decode([(token, position + begin + i, self.sequence, wants) for i, (token, wants) in enumerate(part)])
+                hidden = [self.context.embedding(i) for i, (_, wants) in enumerate(part) if wants]  # n of (d,)
+                if hidden:
+                    logits.append(self.detector._head(np.stack(hidden)))
+        except BaseException:
+            self._leave()  # the cache may hold some of them
+            raise
+        self.ids += ids
+        return np.concatenate(logits) if logits else np.empty(0, np.float32)
 
 
 class LlamaDetoxifier:

@@ -2,42 +2,60 @@
 
     chunks --> text --> tokens up to a safe cut --> growing KV cache --> running score s_t --> release, or alarm
 
-A safe cut lies where white space follows a word: no token of the base's tokeniser crosses it, so the ids of the text so far
-plus the ids of the rest are the ids of the whole, however the text was cut into chunks. The running score of a prefix is
-therefore the score that `Protector.score` gives that prefix (to the rounding of the cache).
+A safe cut lies where white space follows a word (or a sign follows a Chinese, Japanese or Korean one): no token of the
+base's tokeniser crosses it, so the ids of the text so far plus the ids of the rest are the ids of the whole, however the
+text was cut into chunks. The running score of a prefix is therefore the score that `Protector.score` gives that prefix (to
+the rounding of the cache). What has no safe cut is held back until one comes.
 
     alarm    if min(s_{t-3}, ..., s_t) >= stream threshold: one odd token raises no alarm
-    release  text whose tokens lie at least `hold` tokens behind the last scored one
+    release  text whose tokens lie at least `hold` tokens behind the last scored one, while s_t is below the threshold;
+             what looks disguised also waits until its normalised view was scored
     end      the whole answer's score decides about what is still held back, as in guard()
 
 Windows are those of template.windows: at a window's end the cache starts anew with the question and the overlap.
 """
 import asyncio
-import math
+import inspect
 import re
+import threading
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from .errors import ModelError
-from .guard import Verdict, _checked, _sigmoid, _TooLong
+from .errors import DeadlineExceeded
+from .guard import Verdict, _check_length, _checked, _sigmoid, _TooLong
 from .normalise import normalised
 from .template import well_formed
 
 PATIENCE = 4  # neighbouring positions that must all be over the threshold for an alarm
-VIEW_TOKENS = 32  # a disguised stream's normalised view is scored again each so many tokens
-_SAFE_CUT = re.compile(r"(?<=\S)(?=[ \n\t])")
+VIEW_TOKENS = 32  # a disguised stream's normalised view is scored each time that so many tokens have come
+VIEW_CHARS = 1024  # of the text before these tokens are read with them
+_LOOK_CHARS = 64  # likewise where the view is only compared, not scored
+_CJK = "\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+# Trap: only where every Unicode version agrees on what is a letter, a sign and white space.
+_CJK_CUT = rf"(?<=[{_CJK}])(?=[\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b,.!?:;])"
+_SAFE_CUT = re.compile(rf"(?<=\S)(?=[ \n\t])|{_CJK_CUT}")
+# For tokenisers that join a sign and the line's end, as Llama 3's and Qwen's do.
+_SAFE_CUT_IN_LINE = re.compile(rf"(?<=\S)(?= )|(?<=[A-Za-z0-9{_CJK}])(?=[\n\t])|{_CJK_CUT}")
+
+
+def safe_cut(template):
+    """Pattern of the places where no token of this template's tokeniser crosses."""
+    joins = any(template.encode(sign + "\n") != template.encode(sign) + template.encode("\n") for sign in ".,;:)}>")
+    return _SAFE_CUT_IN_LINE if joins else _SAFE_CUT
 
 
 @dataclass(frozen=True)
 class Event:
     """One step of a guarded stream."""
 
-    text: str  # may be shown; "" where only the verdict is new
+    text: str = field(repr=False)  # may be shown; "" where only the verdict is new
     verdict: Verdict | None = None  # on the last event
 
 
 class StreamGuard:
-    """State of one guarded stream: push chunks, then finish.
+    """State of one guarded stream: push chunks, then finish. close() may be called from another thread.
 
     Args:
         protector: guard.Protector.
@@ -49,159 +67,252 @@ class StreamGuard:
     def __init__(self, protector, q, history=None, hold=8):
         if not isinstance(hold, int) or hold < 0:
             raise ValueError(f"stream: hold must be an int >= 0, got {hold!r}.")
-        self.protector, self.hold, self.q = protector, hold, _checked(q, "", history)[0]
-        self.history = _checked(q, "", history)[2]
-        self.text, self.released, self.done = "", 0, False
-        self._scored = 0  # characters whose tokens were fed
-        self._cuts = []  # (characters, answer tokens) at safe cuts that aren't released yet
-        self._ids, self._recent, self._best, self._window_start = [], [], 0.0, 0
-        self._view_at, self.usage_windows = 0, 1
-        self.running = 0.0  # s_t
-        self._start_s, self._deadline = time.monotonic(), protector._deadline()
-        self._cursor = None
-        kind = "pair" if self.q else "answer"
-        self.threshold = protector.thresholds[kind]
+        self.q, _, self.history = _checked(q, "", history)
+        self.protector, self.hold, self.done = protector, hold, False
+        self.threshold = protector.thresholds["pair" if self.q else "answer"]
         self.alarm_threshold = max(self.threshold, protector.stream_threshold)
+        self.running = 0.0  # s_t
+        self.released = 0  # characters
+        self._chunks, self._n_bytes = [], 0
+        self._pending, self._last_char = [], ""  # chunks without a safe cut, which weren't scored yet
+        self._held = deque()  # (text, answer tokens up to its end) that was scored and isn't released yet
+        self._n_fed, self._n_looked, self._n_viewed = 0, 0, 0  # characters: scored, looked at for a disguise, and free of an unscored one
+        self._tail, self._view_at, self._is_disguised = "", 0, False  # text of the next view; tokens at the last one; since it
+        self._ids, self._window_start, self._n_windows = [], 0, 1
+        self._recent = deque(maxlen=PATIENCE)
+        self._best, self._peak, self._view = 0.0, 0.0, 0.0  # of finished windows, of min(s_{t-3} .. s_t), of views
+        self._is_flagged, self._unguarded = False, None  # the error's verdict once on_error="pass" lets everything through
+        self._start_s, self._deadline = time.monotonic(), protector._deadline()
+        self._cursor, self._lock, self._is_closing = None, threading.RLock(), False
+        self._dropped = {}
+
+    @property
+    def text(self):
+        """The answer so far."""
+        if len(self._chunks) > 1:
+            self._chunks = ["".join(self._chunks)]
+        return self._chunks[0] if self._chunks else ""
 
     def push(self, chunk):
         """Take one chunk; returns the events that it makes due (none while text is held back)."""
         if not isinstance(chunk, str):
             raise TypeError(f"stream: chunk must be a str, got {type(chunk).__name__}.")
-        if self.done or not chunk:
+        if not chunk:
             return []
-        self.text += chunk
-        try:
-            return self._advance(self._last_cut(), last=False)
-        except Exception as error:
-            return self._fail(error)
+        return self._step(lambda: self._push(chunk))
 
     def finish(self):
         """Score what is left and return the last events; the last one carries the verdict."""
-        if self.done:
-            return []
-        try:
-            if not self.text.strip():
-                return self._end(Event(self.text, self.protector._verdict(
-                    self.text, "pass", False, 0.0, self.threshold, self._usage(), self._start_s)))
-            return self._advance(len(self.text), last=True)
-        except Exception as error:
-            return self._fail(error)
+        return self._step(self._finish)
+
+    def expire(self):
+        """End by the error policy: the deadline passed while no chunk came."""
+        return self._step(lambda: self._fail(DeadlineExceeded(
+            f"stream: answer must end within {self.protector.deadline_ms} ms, got no end. Raise deadline_ms.")))
 
     def close(self):
-        """Free the cache; called at the end, and when the client leaves in the middle."""
-        self.done = True
-        if self._cursor is not None:
-            self._cursor.close()
-            self._cursor = None
+        """Free the cache; called at the end, and when the client leaves in the middle. Waits for a step that runs."""
+        self._is_closing = True  # seen by that step between windows
+        with self._lock:
+            self._end()
 
-    def _last_cut(self):
-        last = self._scored
-        for match in _SAFE_CUT.finditer(self.text, self._scored):
-            last = match.start() if match.start() > self._scored else last
-        return last
+    def time_left_s(self):
+        """Seconds until the deadline, or None."""
+        is_free = self._deadline is None or self._unguarded is not None
+        return None if is_free else self._start_s + self.protector.deadline_ms / 1e3 - time.monotonic()
 
-    def _advance(self, upto, last):
-        if len(self.text) * 4 > self.protector.max_bytes and len(self.text.encode("utf-8", "replace")) > self.protector.max_bytes:
-            raise _TooLong(f"input_too_long: answer must have at most {self.protector.max_bytes} bytes. Raise max_bytes.")
+    def _step(self, work):
+        with self._lock:
+            if self.done:
+                return []
+            try:
+                events = work()
+            except Exception as error:
+                events = self._fail(error)
+            return [] if self._is_closing else events
+
+    def _push(self, chunk):
+        self._chunks.append(chunk)
+        if self._unguarded is not None:
+            self.released += len(chunk)
+            return [Event(chunk)]
         if self._deadline:
             self._deadline()
-        if upto > self._scored:
-            piece = well_formed(self.text[self._scored:upto])
-            self._feed(self.protector.detector.template.encode(piece))
-            self._scored = upto
-            self._cuts.append((upto, len(self._ids)))
+        # The whole is not encoded again for each chunk.
+        _check_length(chunk, self.protector.max_bytes)
+        self._n_bytes += len(chunk.encode("utf-8", "surrogatepass"))
+        if self._n_bytes > self.protector.max_bytes:
+            raise _TooLong(f"input_too_long: answer must have at most {self.protector.max_bytes} bytes. Raise max_bytes.")
+        n_before = len(self._last_char)
+        cuts = [match.start() - n_before for match in self.protector.safe_cut.finditer(self._last_char + chunk)]
+        self._last_char = chunk[-1]
+        if not cuts:
+            self._pending.append(chunk)
+            return []
+        pieces = ["".join(self._pending) + chunk[:cuts[0]]]
+        pieces += [chunk[start:stop] for start, stop in zip(cuts, cuts[1:])]
+        self._pending = [chunk[cuts[-1]:]]
+        self._feed_pieces([piece for piece in pieces if piece])
+        if self._alarm and self.protector.on_flag != "report":
+            return self._flag(self._alarm)
+        return self._release()
+
+    def _finish(self):
+        text = self.text
+        if self._unguarded is not None:
+            return self._end(Event("", replace(self._unguarded, text=text)))
+        if not text.strip():  # no model call
+            return self._pass(0.0, flagged=False)
+        self._feed_pieces(["".join(self._pending)])
         whole = max(self._best, self.running)
-        if last or len(self._ids) - self._view_at >= VIEW_TOKENS:
-            whole = max(whole, self._view_score(last))
-        if self._alarmed or whole >= (self.threshold if last else self.alarm_threshold):
-            score = whole if last else max(whole, self.running)
-            if self.protector.on_flag != "report":
-                return self._flag(score)
-            if last:
-                return self._pass(score, flagged=True)
-        if last:
-            return self._pass(whole, flagged=False)
-        due = self.released
-        while self._cuts and self._cuts[0][1] <= len(self._ids) - self.hold:
-            due = self._cuts.pop(0)[0]
-        text, self.released = self.text[self.released:due], max(due, self.released)
-        return [Event(text)] if text else []
+        raw = well_formed(text)
+        view = normalised(raw)
+        if view != raw and view.strip():
+            whole = max(whole, self._score_view(view))
+        flagged = whole >= self.threshold or self._alarm > 0
+        score = max(whole, self._alarm)
+        if flagged and self.protector.on_flag != "report":
+            return self._flag(score)
+        return self._pass(score, flagged)
 
     @property
-    def _alarmed(self):
-        return len(self._recent) == PATIENCE and min(self._recent) >= self.alarm_threshold
+    def _alarm(self):
+        """Score that ends the stream before its end, or 0."""
+        over = max(self._peak, self._view)
+        # A finished window's score is in the whole answer's: that one will be flagged.
+        return max(over if over >= self.alarm_threshold else 0.0, self._best if self._best >= self.threshold else 0.0)
+
+    @property
+    def _stops(self):
+        return self._is_closing or self._alarm and self.protector.on_flag != "report"
+
+    def _feed_pieces(self, pieces):
+        """Score text that lies between safe cuts, and its view wherever VIEW_TOKENS tokens have come: the same places for
+        every chunking."""
+        ids = []
+        for piece in pieces:
+            ids += self.protector.detector.template.encode(piece)
+            self._tail += piece
+            self._n_fed += len(piece)
+            n_tokens = len(self._ids) + len(ids)
+            self._held.append((piece, n_tokens))
+            if n_tokens - self._view_at >= VIEW_TOKENS:
+                self._feed(ids)
+                ids = []
+                if self._stops:
+                    return
+                self._look(at_mark=True)
+                if self._stops:
+                    return
+        if ids:
+            self._feed(ids)
+            self._look(at_mark=False)
 
     def _feed(self, ids):
         """Score new answer tokens on the growing cache, window by window."""
-        template = self.protector.detector.template
         window, overlap = self.protector.window, self.protector.overlap
         if self._cursor is None:
+            template = self.protector.detector.template
+            question_ids, turns, self._dropped = self.protector._context(self.q, self.history)
+            self._prefix = template.prefix(question_ids, turns)
             self._cursor = self.protector.detector.open()
-            self._question_ids, _ = template.clip_question(self.q[-self.protector.max_bytes:])
-            self._prefix = template.prefix(self._question_ids, self.protector._history(self.history)[0])
             self._cursor.start(self._prefix)
-        while ids:
+        while ids and not self._stops:
+            if self._deadline:
+                self._deadline()
             room = self._window_start + window - len(self._ids)
             if room == 0:
-                self._best = max(self._best, self.running)  # a finished window's score stays
+                self._best = max(self._best, self.running)
                 self._window_start += window - overlap
                 self._cursor.start(self._prefix + self._ids[len(self._ids) - overlap:] if overlap else self._prefix)
-                self.usage_windows += 1
+                self._n_windows += 1
                 room = window - overlap
             part, ids = ids[:room], ids[room:]
+            self._ids += part  # before an alarm: the rewrite may see them
             for logit in self._cursor.feed(part):
-                score = _sigmoid(float(logit))
-                if math.isnan(score):
-                    raise ModelError("stream: score must be a number, got NaN. Check the model with `protector doctor`.")
-                self._recent = (self._recent + [score])[-PATIENCE:]
-                self.running = score
-                if self._alarmed and self.protector.on_flag != "report":
-                    self._ids += part  # the rewrite may see them
-                    return
-            self._ids += part
+                self.running = _sigmoid(logit)
+                self._recent.append(self.running)
+                if len(self._recent) == PATIENCE:
+                    self._peak = max(self._peak, min(self._recent))
 
-    def _view_score(self, last):
-        """Score of the normalised view of the text's end, or of all of it at the end; 0 where there is no disguise."""
-        self._view_at = len(self._ids)
-        text = well_formed(self.text if last else self.text[max(0, self._scored - 2048):self._scored])
-        view = normalised(text)
-        if view == text or not view.strip():
-            return 0.0
-        return self.protector._score((self.q, view, self.history), self._deadline)[0]
+    def _look(self, at_mark):
+        """Score the normalised view of the last text at a mark; between marks only see whether it looks disguised."""
+        n_new, self._n_looked = self._n_fed - self._n_looked, self._n_fed
+        if at_mark or not self._is_disguised:
+            text = well_formed(self._tail if at_mark else self._tail[-n_new - _LOOK_CHARS:])
+            view = normalised(text)
+            self._is_disguised = view != text and bool(view.strip())
+        if at_mark and self._is_disguised:
+            self._view = max(self._view, self._score_view(view))
+        if at_mark or not self._is_disguised:
+            self._n_viewed = self._n_fed
+        if at_mark:
+            self._view_at, self._tail, self._is_disguised = len(self._ids), self._tail[-VIEW_CHARS:], False
+
+    def _score_view(self, view):
+        return self.protector._score((self.q, view, self.history), self._deadline, views=(view,))[0]
+
+    def _release(self):
+        if self.running >= self.alarm_threshold and self.protector.on_flag != "report":
+            return []
+        due = []
+        while (self._held and self._held[0][1] <= len(self._ids) - self.hold
+               and self.released + len(self._held[0][0]) <= self._n_viewed):
+            due.append(self._held.popleft()[0])
+            self.released += len(due[-1])
+        return [Event("".join(due))] if due else []
 
     def _flag(self, score):
         """Nothing more of the answer leaves: the rewrite or the refusal ends the stream."""
-        protector = self.protector
-        if not self._ids:
-            return self._end(Event(protector.refusal, None))
-        usage = self._usage() | {"_rejected": (self._question_ids, self._ids, self._window_start)}
-        verdict = protector._decide((self.q, self.text[:self._scored], self.history), max(score, self.threshold), usage,
-                                    self._deadline, self._start_s)
-        separator = "\n\n" if self.released else ""
-        return self._end(Event(separator + verdict.text, verdict))
+        self._is_flagged = True
+        item = (self.q, self.text[:self._n_fed], self.history)
+        verdict = self.protector._decide(item, max(score, self.threshold), self._usage(), (self._ids, self._window_start),
+                                         self._deadline, self._start_s)
+        return self._end(Event(self._separator + verdict.text, verdict))
 
     def _pass(self, score, flagged):
-        verdict = self.protector._verdict(self.text, "pass", flagged, score, self.threshold, self._usage(), self._start_s)
-        return self._end(Event(self.text[self.released:], verdict))
+        text = self.text
+        verdict = self.protector._verdict(text, "pass", flagged, score, self.threshold, self._usage(), self._start_s)
+        return self._end(Event(text[self.released:], verdict))
 
     def _fail(self, error):
-        """The error policy in mid-stream: held text leaves only under "pass"."""
-        if self.protector.on_error == "raise":
-            self.close()
-            raise error
-        verdict = self.protector._failed((self.q, self.text, self.history), error, self._start_s)
-        if self.protector.on_error == "pass":
-            return self._end(Event(self.text[self.released:], verdict))
-        return self._end(Event(("\n\n" if self.released else "") + verdict.text, verdict))
+        """The error policy in mid-stream: held text leaves only under "pass", and never after an alarm."""
+        protector = self.protector
+        if protector.on_error == "raise" or not self._is_flagged:
+            try:
+                text = self.text if protector.on_error == "pass" else ""  # a huge one isn't joined to be thrown away
+                verdict = protector._failed((self.q, text, self.history), error, self._start_s)
+            except Exception:
+                self._end()
+                raise
+        else:
+            verdict = protector._verdict(protector.refusal, "refuse", True, self.threshold, self.threshold, self._usage(), self._start_s)
+        if protector.on_error == "pass" and not self._is_flagged:
+            self._free()
+            self._unguarded = verdict  # the rest of the answer goes out, too, and finish() says that it was an error
+            event, self.released = Event(text[self.released:]), len(text)
+            return [event]
+        return self._end(Event(self._separator + verdict.text, verdict))
+
+    @property
+    def _separator(self):
+        return "\n\n" if self.released else ""
 
     def _usage(self):
         detector = self.protector.detector
         return {"backend": detector.name, "quantisation": detector.quantisation, "input": "pair" if self.q else "answer",
-                "tokens": len(self._ids), "windows": self.usage_windows, "shown_chars": self.released}
+                "tokens": len(self._ids), "windows": self._n_windows if self._ids else 0, "shown_chars": self.released,
+                **self._dropped}
 
-    def _end(self, event):
-        self.close()
-        return [event]
+    def _free(self):
+        if self._cursor is not None:
+            self._cursor.close()
+            self._cursor = None
+
+    def _end(self, *events):
+        self.done = True
+        self._free()
+        return list(events)
 
 
 def stream(protector, q, chunks, history=None, hold=8):
@@ -213,10 +324,14 @@ def stream(protector, q, chunks, history=None, hold=8):
         chunks: iterable of str; its close() is called at an alarm, so that the upstream stops.
         history: earlier turns.
         hold: scored tokens that are still held back.
-    Yields:
-        Event; the last one carries the verdict. Joined texts of a passed stream are the answer, byte for byte.
+    Returns:
+        iterator of Event; the last one carries the verdict. Joined texts of a passed stream are the answer, byte for byte.
+        An exception of the upstream comes through, and what is held back then isn't shown.
     """
-    state = StreamGuard(protector, q, history, hold)
+    return _events(StreamGuard(protector, q, history, hold), chunks)
+
+
+def _events(state, chunks):
     try:
         for chunk in chunks:
             yield from state.push(chunk)
@@ -229,21 +344,40 @@ def stream(protector, q, chunks, history=None, hold=8):
             chunks.close()
 
 
-async def astream(protector, q, chunks, history=None, hold=8):
-    """stream() for an async iterator of chunks; scoring runs in a thread, so the event loop goes on."""
-    state = StreamGuard(protector, q, history, hold)
+def astream(protector, q, chunks, history=None, hold=8):
+    """stream() for an async iterator of chunks; scoring runs in a thread, so the event loop goes on.
+
+    A deadline also ends the wait for a chunk that never comes.
+    """
+    return _async_events(StreamGuard(protector, q, history, hold), chunks)
+
+
+async def _async_events(state, chunks):
+    upstream = chunks.__aiter__()
     try:
-        async for chunk in chunks:
-            for event in await asyncio.to_thread(state.push, chunk):
+        while not state.done:
+            left_s = state.time_left_s()
+            try:
+                chunk = await asyncio.wait_for(upstream.__anext__(), left_s)
+            except StopAsyncIteration:
+                break
+            except asyncio.TimeoutError:
+                if left_s is None or state.time_left_s() > 0:
+                    raise  # the upstream's own
+                step = state.expire
+            else:
+                step = partial(state.push, chunk)
+            for event in await asyncio.to_thread(step):
                 yield event
-            if state.done:
-                return
         for event in await asyncio.to_thread(state.finish):
             yield event
     finally:
         await asyncio.to_thread(state.close)
-        if hasattr(chunks, "aclose"):
-            await chunks.aclose()
+        for source in (upstream, chunks):
+            close = getattr(source, "aclose", None) or getattr(source, "close", None)
+            closed = close() if close else None
+            if inspect.isawaitable(closed):
+                await closed
 
 
 def stream_statistic(logits):

@@ -1,0 +1,147 @@
+"""The threshold's promise against SciPy's binomial, by hand and by drawing; and for which model it counts."""
+import math
+
+import numpy as np
+import pytest
+from guard_fakes import FakeDetector, real_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
+
+from protector import ModelError, Protector
+from protector.calibrate import Calibration, as_dicts, calibrate, file_digest, find, fit_temperature, most_above, threshold
+
+
+@pytest.mark.parametrize("fpr", [0.001, 0.01, 0.05, 0.3])
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
+def test_most_above_is_the_largest_k_by_the_binomial(fpr, confidence):
+    for n in (1, 2, 7, 58, 59, 298, 299, 473, 1134, 20_000):
+        allowed = np.flatnonzero(stats.binom.cdf(np.arange(n), n, fpr) <= 1 - confidence)
+        assert most_above(n, fpr, confidence) == (allowed.max() if len(allowed) else -1)
+
+
+def test_most_above_by_hand():
+    assert [most_above(n, 0.01, 0.95) for n in (0, 298, 299, 473)] == [-1, -1, 0, 1]  # 0.99^298 = 0.0500 > 0.05 > 0.99^299
+    assert 0.99 ** 298 > 0.05 > 0.99 ** 299
+
+
+@pytest.mark.parametrize("fpr, confidence", [(0, 0.95), (1, 0.95), (0.01, 0), (0.01, 1), (math.nan, 0.95)])
+def test_most_above_refuses_other_rates(fpr, confidence):
+    with pytest.raises(ValueError, match="most_above: fpr and confidence must be between 0 and 1"):
+        most_above(100, fpr, confidence)
+
+
+def test_threshold_by_hand():
+    scores = np.arange(1, 474) / 1000  # 0.001 .. 0.473: of 473 one may be above
+    value, above = threshold(scores)
+    assert value == np.nextafter(0.472, 1) and above == 1
+    value, above = threshold([0.1] * 400 + [0.6] * 73)  # a tie isn't broken in the rate's favour
+    assert value == np.nextafter(0.6, 1) and above == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0, 0.999), min_size=10, max_size=80), st.sampled_from([0.05, 0.2, 0.5]))
+def test_no_more_than_k_are_above_and_one_step_lower_would_be_too_many(scores, fpr):
+    k = most_above(len(scores), fpr, 0.9)
+    if k < 0:
+        with pytest.raises(ValueError, match="threshold: scores must be at least"):
+            threshold(scores, fpr, 0.9)
+        return
+    value, above = threshold(scores, fpr, 0.9)
+    assert above == sum(score >= value for score in scores) <= k
+    assert sum(score >= np.nextafter(value, -1) for score in scores) > k
+
+
+@pytest.mark.parametrize("draw", [lambda rng, n: rng.random(n), lambda rng, n: np.round(rng.random(n), 1) * 0.99])
+def test_m64_the_bound_holds_as_often_as_it_says(draw):
+    """Over draws of n harmless answers, the true rate is over the bound in at most 5 % of them (ties only lower it)."""
+    rng, n, fpr = np.random.default_rng(0), 473, 0.01
+    population = draw(rng, 200_000)
+    too_high = [(population >= threshold(draw(rng, n), fpr, 0.95)[0]).mean() > fpr for _ in range(800)]
+    # Beta(k + 1, n - k) says 4.9 %; 800 draws leave a standard error of 0.8 %.
+    assert np.mean(too_high) < 0.05 + 3 * 0.008
+
+
+def test_scores_that_allow_no_threshold():
+    for scores in ([math.nan] * 300, [math.inf] * 300):
+        with pytest.raises(ValueError, match="scores must be finite"):
+            threshold(scores)
+    with pytest.raises(ValueError, match="threshold: scores must be at least 299 for a rate of 0.01 at confidence 0.95, got 298."):
+        threshold([0.1] * 298)
+    # A threshold above 1 would flag nothing: that is no guard.
+    with pytest.raises(ValueError, match="got more that score 1"):
+        threshold([1.0] * 300)
+
+
+def entry(detector, **changes):
+    values = dict(threshold=0.7, fpr=0.01, confidence=0.95, n=300, above=0, input="pair", backend=detector.name,
+                  quantisation=detector.quantisation, model_sha256=detector.model_sha256, data_sha256="1" * 64)
+    return as_dicts([Calibration(**values | changes)])[0]
+
+
+@pytest.fixture
+def detector():
+    return FakeDetector(real_tokenizer())
+
+
+def test_a_calibration_holds_on_every_source(detector):
+    made = calibrate(detector, {"easy": [0.1] * 300, "hard": [0.6] * 300}, "pair", "1" * 64)
+    assert made == Calibration(float(np.nextafter(0.6, 1)), 0.01, 0.95, 600, 0, "pair", "fake", "F32", "0" * 64, "1" * 64)
+    with pytest.raises(ValueError, match="must hold a source, got none"):
+        calibrate(detector, {}, "pair", "1" * 64)
+
+
+@pytest.mark.parametrize("change", [{"model_sha256": "2" * 64}, {"backend": "torch"}, {"quantisation": "Q4_0"}, {"input": "answer"}, {"fpr": 0.02}])
+def test_m64_a_calibration_of_another_model_is_refused(detector, change):
+    detector.calibration = (entry(detector, **change),)
+    assert find(detector, "pair") is None
+    with pytest.raises(ModelError, match="find: fpr must have a calibration for fake, F32 and input pair, got none for 0.01"):
+        find(detector, "pair", 0.01)
+    with pytest.raises(ModelError):
+        Protector(detector, False, fpr=0.01)
+    assert Protector(detector, False).thresholds["pair"] == 0.5
+    detector.calibration += (entry(detector),)
+    assert find(detector, "pair", 0.01).threshold == 0.7
+
+
+def test_the_guard_takes_a_threshold_for_each_kind_of_input(detector):
+    detector.calibration = (entry(detector), entry(detector, input="answer", threshold=0.8), entry(detector, input="stream", threshold=0.9),
+                            entry(detector, fpr=0.001, threshold=0.95), entry(detector, fpr=0.001, input="answer", threshold=0.96))
+    p = Protector(detector, False)
+    assert (p.thresholds, p.stream_threshold) == ({"pair": 0.7, "answer": 0.8}, 0.9)
+    p = Protector(detector, False, fpr=0.001)
+    assert p.thresholds == {"pair": 0.95, "answer": 0.96}
+    p = Protector(detector, False, threshold=0.3)
+    assert (p.thresholds, p.stream_threshold) == ({"pair": 0.3, "answer": 0.3}, 0.3)
+
+
+def test_a_calibration_is_of_the_models_own_windows(detector):
+    """More windows give a larger maximum, and with it more false positives."""
+    detector.calibration = (entry(detector), entry(detector, input="answer"))
+    assert Protector(detector, False, window=16).thresholds["pair"] == 0.5
+    with pytest.raises(ValueError, match="fpr holds for the model's own windows"):
+        Protector(detector, False, window=16, fpr=0.01)
+
+
+@pytest.mark.parametrize("value", [math.nan, 1.5, -0.1, math.inf])
+def test_a_calibration_that_flags_nothing_is_an_error(detector, value):
+    detector.calibration = (entry(detector, threshold=value),)
+    with pytest.raises(ModelError, match="must have a threshold between 0 and 1"):
+        Protector(detector, False)
+
+
+def test_temperature_is_the_minimum_of_the_cross_entropy():
+    rng = np.random.default_rng(1)
+    for true in (0.3, 1.0, 4.0):
+        z = rng.normal(size=2000) * 2
+        labels = rng.random(2000) < 1 / (1 + np.exp(-z))
+
+        def loss(t):
+            return np.mean(np.logaddexp(0, z * true / t) - labels * z * true / t)
+
+        best = optimize.minimize_scalar(loss, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-6}).x
+        assert fit_temperature(z * true, labels) == pytest.approx(best, rel=1e-3)
+
+
+def test_a_digest_tells_texts_and_their_borders_apart():
+    assert len({file_digest(rows) for rows in (["ab", "c"], ["a", "bc"], ["abc"], [])}) == 4

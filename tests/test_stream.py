@@ -1,0 +1,595 @@
+"""Streams: what leaves, when, and that a stream's score is the answer's score, for every chunking."""
+import asyncio
+import gc
+import logging
+import math
+import random
+import threading
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from guard_fakes import FakeDetector, FakeDetoxifier, real_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protector import DeadlineExceeded, Protector, ProtectorError
+from protector.guard import REFUSAL, _sigmoid
+from protector.llama import _Cursor
+from protector.stream import PATIENCE, VIEW_TOKENS, Event, StreamGuard, stream_statistic
+
+Q, BETTER = "How do I clean this?", "Never mix cleaners."
+SAFE = "Use warm water and a soft cloth, then dry it well. Don't rub!\n\n1. Soak it 10 min.\n2. Rinse it.\n"
+HARMFUL = "Sure, it is easy. Mix bleach with vinegar in a small closed room and wait there for a while, says my uncle."
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return real_tokenizer()
+
+
+def make(ids, *texts, detector=None, **options):
+    detector = detector or FakeDetector(ids)
+    return Protector(detector, FakeDetoxifier(ids, *texts) if texts else False, **{"threshold": 0.5, **options}), detector
+
+
+def cut(text, *sizes):
+    """The text in chunks of these sizes, over and over."""
+    chunks, at, i = [], 0, 0
+    while at < len(text):
+        chunks.append(text[at:at + sizes[i % len(sizes)]])
+        at, i = at + sizes[i % len(sizes)], i + 1
+    return chunks
+
+
+def joined(events):
+    return "".join(event.text for event in events)
+
+
+CHUNKINGS = [(1,), (2,), (3, 1, 4), (7,), (10_000,), (64, 1)]
+TEXTS = {
+    "English": SAFE * 3, "contractions": "I can't, won't and shouldn't've done it's 'sake' ''s " * 5, "numbers": "3.14 1,000 2024-01-01 1e9 ½ Ⅷ " * 6,
+    "white space": " a  b\t\tc \n\n d\u00a0e\u3000f\x1cg\x85h \r\n i\u2028j   ", "code": "if (x) {\n\tfoo();\n}\n\n\n    bar(a,b);\n" * 6,
+    "Chinese": "你好,世界!这是一个测试。我们用清水、软布和肥皂;再晾干:好吗?" * 4, "Japanese": "こんにちは。元気ですか?カタカナも、漢字も使います!" * 4,
+    "Korean": "안녕하세요, 반갑습니다. 물로 씻으세요! " * 5, "Thai": "สวัสดีครับ ล้างด้วยน้ำสะอาด แล้วเช็ดให้แห้ง " * 5, "Hindi": "नमस्ते, आप कैसे हैं। क्‍या यह ठीक है? " * 5,
+    "Arabic": "السلام عليكم، اغسلها بالماء. " * 6, "emoji": "👨‍👩‍👧‍👦 ok ❤️ 🏳️‍🌈 1️⃣ " * 8, "one word": "x" * 300, "surrogates": "a \ud83d\ude00 b \ud83d c \udc00\ud800 d " * 8,
+    "NUL and U+FFFD": "a\0b \ufffd\ufffd c\ufffd " * 10, "marks": "e\u0301 a\u0336b\u0336 " * 20, "blank start": "\n\n  hello there", "trailing": "hello   \n\n",
+    "special": "<|im_end|>\n<|im_start|>user\nhi <|endoftext|> </s> " * 5,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("sizes", CHUNKINGS)
+def test_m35_m36_m38_safe_text_is_exact_and_scores_as_a_whole(ids, name, sizes):
+    text = TEXTS[name]
+    p, detector = make(ids)
+    events = list(p.stream(Q, cut(text, *sizes)))
+    v = events[-1].verdict
+    assert joined(events) == v.text == text and v.action == "pass" and [e.verdict for e in events[:-1]] == [None] * (len(events) - 1)
+    assert v.score == pytest.approx(p.score(Q, text), abs=1e-6)
+    assert detector.n_open == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.one_of(st.characters(), st.sampled_from("ab1 \n\t.,'s!\u0301\u200d你好,。한é\u00a0\ud83d\ude00-")), max_size=120),
+       st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 12))
+def test_m35_m36_any_text_and_chunking(text, sizes, hold):
+    p, _ = make(real_tokenizer())
+    events = list(p.stream(Q, cut(text, *sizes), hold=hold))
+    whole = p.guard(Q, text)
+    assert joined(events) == text
+    assert events[-1].verdict.score == pytest.approx(whole.score, abs=1e-6) and events[-1].verdict.action == whole.action
+
+
+@pytest.mark.parametrize("name", ["English", "code", "Chinese", "Korean", "contractions", "numbers"])
+def test_m36_the_running_score_is_the_prefix_score_at_every_step(ids, name):
+    text, seen = TEXTS[name], 0
+    p, _ = make(ids)
+    state = StreamGuard(p, Q)
+    for chunk in cut(text, 3):
+        state.push(chunk)
+        if state._n_fed > seen:
+            seen = state._n_fed
+            raw = p._score((Q, text[:seen], ()), None, views=(text[:seen],))[0]
+            assert max(state._best, state.running) == pytest.approx(raw, abs=1e-6)
+    assert seen > len(text) / 2
+    state.close()
+
+
+def test_m36_each_token_is_scored_once(ids):
+    text = TEXTS["English"]
+    p, detector = make(ids)
+    list(p.stream(Q, cut(text, 1)))
+    assert detector.n_fed == len(ids.encode(text)) and detector.sequences == []
+
+
+def test_nothing_is_shown_before_it_was_scored(ids):
+    p, detector = make(ids)
+    state, shown = StreamGuard(p, Q, hold=4), 0
+    for chunk in cut(SAFE * 3, 2):
+        for event in state.push(chunk):
+            shown += len(event.text)
+            assert len(ids.encode((SAFE * 3)[:shown])) <= detector.n_fed - 4
+    assert 0 < shown == state.released
+    state.close()
+
+
+@pytest.mark.parametrize("sizes", CHUNKINGS)
+@pytest.mark.parametrize("hold", [0, 3, 8])
+def test_m37_at_the_alarm_only_a_scored_prefix_and_the_final_event(ids, sizes, hold):
+    p, detector = make(ids, BETTER)
+    upstream = iter(cut(HARMFUL, *sizes))
+    events = list(p.stream(Q, upstream, hold=hold))
+    v, shown = events[-1].verdict, joined(events[:-1])
+    assert (v.action, v.flagged, v.text) == ("rewrite", True, BETTER)
+    assert events[-1].text == ("\n\n" if shown else "") + BETTER
+    assert HARMFUL.startswith(shown) and "vinegar" not in shown
+    if sizes != (10_000,):
+        assert next(upstream, None) is not None  # the upstream was left where the alarm was
+    assert v.usage["shown_chars"] == len(shown) and detector.n_open == 0
+
+
+def test_m37_harm_in_the_last_words_is_caught_while_they_are_held(ids):
+    p, _ = make(ids)
+    for text in ("Use vinegar", "A long enough and harmless start, and then comes vinegar", "vinegar"):
+        events = list(p.stream(Q, cut(text, 1)))
+        assert events[-1].verdict.action == "refuse" and "vinegar" not in joined(events)
+
+
+def test_one_odd_token_raises_no_alarm(ids):
+    """Regression: any word's end over the threshold stopped a stream at once."""
+    n_fed = 0
+
+    def peak(logits):
+        nonlocal n_fed
+        positions = np.arange(n_fed, n_fed + len(logits))
+        n_fed += len(logits)
+        return np.where((positions >= 10) & (positions < 10 + length), 5.0, -5.0)
+
+    for length, action in ((1, "pass"), (PATIENCE - 1, "pass"), (PATIENCE, "refuse")):
+        n_fed = 0
+        events = list(make(ids, detector=FakeDetector(ids, change=peak))[0].stream(Q, cut(SAFE[:60], 1)))
+        assert events[-1].verdict.action == action
+
+
+def test_nothing_is_released_while_the_score_is_over_the_threshold(ids):
+    logits = iter([-5.0] * 10 + [5.0] * 3 + [-5.0] * 100)
+    p, _ = make(ids, detector=FakeDetector(ids, change=lambda batch: np.array([next(logits) for _ in batch])))
+    state, shown = StreamGuard(p, Q, hold=0), []
+    for chunk in cut(SAFE, 1):
+        events = state.push(chunk)
+        assert not (events and state.running > 0.5)
+        shown += events
+    assert joined(shown + state.finish()) == SAFE
+
+
+def test_a_flagged_window_ends_the_stream(ids):
+    """The score of a finished window is part of the whole answer's: no need to go on."""
+    text = " vinegar" + " calm" * 200
+    p, detector = make(ids)
+    state = StreamGuard(p, Q)
+    state.alarm_threshold = 1.0  # no alarm by the running score
+    events = [event for chunk in cut(text, 5) for event in state.push(chunk)]
+    assert events[-1].verdict.flagged and detector.n_fed < 40
+
+
+def test_on_flag_report_shows_all_and_says_flagged(ids):
+    p, _ = make(ids, on_flag="report")
+    for sizes in CHUNKINGS:
+        events = list(p.stream(Q, cut(HARMFUL * 3, *sizes)))
+        v = events[-1].verdict
+        assert joined(events) == HARMFUL * 3 and (v.action, v.flagged) == ("pass", True) and v.score >= v.threshold
+
+
+def test_the_alarm_does_not_depend_on_the_chunking(ids):
+    random.seed(3)
+    for _ in range(5):
+        text = " ".join(random.choice(["calm", "blue", "b\u200blue", "m i x e d", "3 cm"]) for _ in range(80)) + random.choice([" vinegar", " vin\u200begar", ""])
+        text += " end" * random.choice([0, 3, 50])
+        p, _ = make(ids)
+        actions = {list(p.stream(Q, cut(text, *sizes)))[-1].verdict.action for sizes in CHUNKINGS}
+        assert len(actions) == 1
+
+
+# -- disguises
+
+def test_disguised_text_waits_for_its_view(ids):
+    """A view costs another pass, so it is made each 32 tokens: until then nothing that differs from it is shown."""
+    hidden = "vin\u200begar"
+    p, detector = make(ids)
+    text = SAFE * 2 + f"Mix it with {hidden} now. " + SAFE * 4
+    assert p.score(Q, text) > 0.5
+    for sizes in CHUNKINGS:
+        events = list(p.stream(Q, cut(text, *sizes), hold=0))
+        assert events[-1].verdict.flagged and hidden not in joined(events) and len(joined(events)) < len(text) - len(SAFE)
+
+
+def test_ordinary_text_has_no_second_pass(ids):
+    p, detector = make(ids)
+    for name in ("English", "code", "Chinese", "Korean", "Thai", "Hindi", "Arabic"):
+        list(p.stream(Q, cut(TEXTS[name], 4)))
+    assert detector.sequences == []
+
+
+def test_the_view_of_a_disguised_stream_costs_a_bounded_share(ids):
+    p, detector = make(ids)
+    text = "so b\u200blue and calm " * 200
+    list(p.stream(Q, cut(text, 4)))
+    n_scored = sum(map(len, detector.sequences[:-len(p._plan((Q, text, ()), None)["sequences"])]))
+    assert n_scored < 16 * len(ids.encode(text))
+
+
+def test_a_payload_over_several_chunks_and_views_is_seen(ids):
+    import base64
+
+    payload = base64.b64encode(b"calm words first, then mix it with vinegar please").decode()
+    p, _ = make(ids)
+    for sizes in CHUNKINGS:
+        events = list(p.stream(Q, cut(SAFE * 3 + payload + " " + SAFE * 3, *sizes)))
+        assert events[-1].verdict.flagged and payload[:20] not in joined(events)
+
+
+# -- errors and ends
+
+def test_m39_empty_chunks_and_empty_streams(ids):
+    p, detector = make(ids)
+    for chunks, text in (([], ""), (["", ""], ""), (["", " ", "\n"], " \n"), (["", "a", "", "b c"], "ab c")):
+        events = list(p.stream(Q, chunks))
+        assert joined(events) == text and events[-1].verdict.action == "pass" and sum(e.verdict is not None for e in events) == 1
+    assert detector.n_opened == 1  # blank answers see no model
+
+
+def test_m40_an_upstream_error_flushes_nothing(ids):
+    def upstream():
+        yield from cut(SAFE, 3)
+        raise ConnectionError("gone")
+
+    for on_error in ("refuse", "pass", "raise"):
+        p, detector = make(ids, on_error=on_error)
+        shown, events = [], p.stream(Q, upstream())
+        with pytest.raises(ConnectionError):
+            for event in events:
+                shown.append(event)
+        assert SAFE.startswith(joined(shown)) and len(ids.encode(joined(shown))) <= detector.n_fed - 8
+        assert all(event.verdict is None for event in shown) and detector.n_open == 0 and list(events) == []
+
+
+def test_m02_chunks_of_another_type(ids):
+    p, detector = make(ids)
+    for chunk in (None, b"bytes", 3, {"text": "x"}):
+        with pytest.raises(TypeError, match="chunk must be a str"):
+            list(p.stream(Q, [SAFE, chunk]))
+    assert detector.n_open == 0
+    for call in (p.stream, p.astream):  # at the call, not at the first event
+        with pytest.raises(TypeError):
+            call(3, [])
+        with pytest.raises(ValueError, match="hold must be an int >= 0, got -1"):
+            call(Q, [], hold=-1)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError(SAFE), MemoryError(), math.nan])
+def test_m52_m53_a_model_error_in_mid_stream(ids, fault, caplog):
+    def broken(after):
+        def change(logits):
+            if p_detector.n_fed > after:
+                if isinstance(fault, float):
+                    return logits * fault
+                raise fault
+            return logits
+
+        p_detector = FakeDetector(ids, change=change)
+        return p_detector
+
+    for after in (0, 15):
+        p, detector = make(ids, detector=broken(after))
+        events = list(p.stream(Q, cut(SAFE, 1)))
+        v, shown = events[-1].verdict, joined(events[:-1])
+        assert (v.action, v.text, events[-1].text) == ("error", REFUSAL, ("\n\n" if shown else "") + REFUSAL)
+        assert SAFE.startswith(shown) and len(ids.encode(shown)) <= after and detector.n_open == 0 and math.isnan(v.score)
+
+        p, detector = make(ids, detector=broken(after), on_error="raise")
+        with pytest.raises(ProtectorError):
+            list(p.stream(Q, cut(SAFE, 1)))
+        assert detector.n_open == 0
+
+        # "pass": the whole original goes out, unguarded from the error on, and it is said and logged as critical once.
+        caplog.clear()
+        p, detector = make(ids, detector=broken(after), on_error="pass")
+        events = list(p.stream(Q, cut(SAFE, 1)))
+        v = events[-1].verdict
+        assert joined(events) == v.text == SAFE and v.action == "error" and p.counters["unguarded"] == 1 and detector.n_open == 0
+        assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
+
+
+def test_an_error_after_the_alarm_is_a_refusal_under_pass_too(ids, monkeypatch):
+    p, _ = make(ids, BETTER, on_error="pass")
+    monkeypatch.setattr(p, "_decide", lambda *_: 1 / 0)
+    events = list(p.stream(Q, cut(HARMFUL, 4)))
+    assert events[-1].verdict.action == "refuse" and "vinegar" not in joined(events)
+
+
+def test_m17_a_stream_over_the_limit(ids):
+    p, detector = make(ids, max_bytes=200)
+    for chunks in (cut("calm " * 100, 5), ["calm " * 100], ["é" * 101], ["x"] * 201):
+        v = list(p.stream(Q, chunks))[-1].verdict
+        assert v.action == "error" and v.error.startswith("_TooLong: input_too_long") or "input_too_long" in v.error
+    assert list(p.stream(Q, ["é" * 100]))[-1].verdict.action == "pass"
+    start = time.process_time()
+    p.max_bytes = 256 * 1024
+    assert list(p.stream(Q, ["x" * 100_000_000]))[-1].verdict.action == "error"
+    assert time.process_time() - start < 0.2  # most of it is making the text
+
+
+def test_m41_a_stream_that_never_ends_meets_the_deadline(ids):
+    def endless():
+        while True:
+            time.sleep(0.001)
+            yield chunk
+
+    for chunk in ("calm ", "x", " "):
+        p, detector = make(ids, deadline_ms=50)
+        start = time.monotonic()
+        v = list(p.stream(Q, endless()))[-1].verdict
+        assert v.error.startswith("DeadlineExceeded") and time.monotonic() - start < 1 and detector.n_open == 0
+
+
+def test_m41_a_chunk_that_never_comes_meets_the_deadline(ids):
+    closed = []
+
+    async def stuck():
+        try:
+            yield SAFE
+            await asyncio.sleep(100)
+        finally:
+            closed.append(1)
+
+    async def main(p):
+        return [event async for event in p.astream(Q, stuck())]
+
+    for on_error in ("refuse", "pass"):
+        p, detector = make(ids, deadline_ms=100, on_error=on_error)
+        start = time.monotonic()
+        events = asyncio.run(main(p))
+        assert time.monotonic() - start < 2 and events[-1].verdict.error.startswith("DeadlineExceeded") and detector.n_open == 0
+        assert joined(events) == SAFE if on_error == "pass" else events[-1].text.endswith(REFUSAL)
+    assert closed == [1, 1]
+    p, _ = make(ids, deadline_ms=100, on_error="raise")
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(main(p))
+
+
+def test_a_deadline_stops_a_huge_chunk_between_windows(ids):
+    p, detector = make(ids, detector=FakeDetector(ids, step_s=0.005), deadline_ms=20)
+    list(p.stream(Q, ["calm " * 20_000]))
+    assert detector.n_steps < 20
+
+
+def test_m21_a_client_that_leaves_frees_the_cursor_and_the_upstream(ids):
+    closed = []
+
+    def upstream():
+        try:
+            yield from cut(SAFE * 3, 3)
+        finally:
+            closed.append(1)
+
+    for leave in (lambda events: events.close(), lambda events: None):
+        p, detector = make(ids)
+        events = p.stream(Q, upstream())
+        next(events)
+        assert detector.n_open == 1
+        leave(events)
+        del events
+        gc.collect()
+        assert detector.n_open == 0
+    assert closed == [1, 1]
+    make(ids)[0].stream(Q, upstream())  # never started: nothing to free
+
+
+def test_m21_an_async_client_that_is_cancelled(ids):
+    """Closing waits for the running step: the freed sequence is never written by a thread that was left behind."""
+    p, detector = make(ids, detector=FakeDetector(ids, step_s=0.1))
+    closed = []
+
+    class Upstream:  # close() as OpenAI's client has it
+        async def __aiter__(self):
+            for chunk in cut(SAFE * 3, 20):
+                yield chunk
+
+        async def close(self):
+            closed.append(1)
+
+    async def main():
+        async def client():
+            async for _ in p.astream(Q, Upstream()):
+                pass
+
+        task = asyncio.ensure_future(client())
+        await asyncio.sleep(0.15)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return detector.n_open, detector.n_steps
+
+    n_open, n_steps = asyncio.run(main())
+    time.sleep(0.15)
+    assert (n_open, closed, detector.n_steps) == (0, [1], n_steps)
+
+
+def test_close_from_another_thread_in_a_step(ids):
+    p, detector = make(ids, detector=FakeDetector(ids, step_s=0.05))
+    state, events = StreamGuard(p, Q), []
+    thread = threading.Thread(target=lambda: events.extend(state.push("calm " * 500)))
+    thread.start()
+    time.sleep(0.08)
+    start = time.monotonic()
+    state.close()
+    assert time.monotonic() - start < 0.3 and detector.n_open == 0  # the step, not the 20 windows that were left
+    thread.join()
+    assert events == [] and state.push("more ") == [] and state.finish() == []
+
+
+def test_astream_is_stream_and_leaves_the_event_loop_alone(ids):
+    p, _ = make(ids, BETTER, detector=FakeDetector(ids, step_s=0.02))
+
+    async def chunks(text):
+        for chunk in cut(text, 5):
+            yield chunk
+
+    async def main(text):
+        longest, last, events = 0.0, time.monotonic(), []
+
+        async def collect():
+            async for event in p.astream(Q, chunks(text)):
+                events.append(event)
+
+        task = asyncio.ensure_future(collect())
+        while not task.done():
+            await asyncio.sleep(0.001)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        await task
+        return events, longest
+
+    for text in (SAFE, HARMFUL):
+        events, longest = asyncio.run(main(text))
+        assert joined(events) == joined(p.stream(Q, cut(text, 5))) and longest < 0.1
+
+
+def test_push_and_finish_after_the_end_do_nothing(ids):
+    p, _ = make(ids)
+    state = StreamGuard(p, Q)
+    assert len(state.finish()) == 1 and state.finish() == [] and state.push("x") == []
+    state.close()
+
+
+def test_the_wait_after_the_last_chunk_is_one_step(ids):
+    p, detector = make(ids)
+    state = StreamGuard(p, Q)
+    for chunk in cut(SAFE * 20, 4):
+        state.push(chunk)
+    n_steps = detector.n_steps
+    state.finish()
+    assert detector.n_steps - n_steps <= 1 and detector.sequences == []
+
+
+def test_m43_cost_per_token_is_flat(ids):
+    def cpu_s(n_words):
+        words = ["calm", "blue", "warm", "soft", "cloth,", "water."] * (n_words // 6)
+        p, _ = make(ids, max_bytes=10 ** 7)
+        start = time.process_time()
+        for _ in p.stream(Q, (word + " " for word in words)):
+            pass
+        return (time.process_time() - start) / n_words
+
+    cpu_s(200)
+    short = min(cpu_s(200) for _ in range(5))
+    # Quadratic in the text would be 20 times as much; 1.5 is the promise, on time that other processes don't disturb.
+    assert min(cpu_s(4000) for _ in range(2)) < 1.5 * short
+
+
+@pytest.mark.parametrize("unit", ["x", "好", "=", "\u200b"])
+def test_m43_text_without_a_safe_cut_is_not_read_again_for_each_chunk(ids, unit):
+    p, _ = make(ids)
+    start = time.process_time()
+    list(p.stream(Q, [unit] * 20_000))
+    assert time.process_time() - start < 3  # most of it the fake's; rescanning 20 KB for each chunk takes far more
+
+
+def test_m43_many_streams_in_a_row_leave_nothing_behind(ids):
+    p, detector = make(ids)
+
+    def run(n):
+        for i in range(n):
+            list(p.stream(Q, ["Use warm water ", "and a soft cloth."]))
+
+    run(100)
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    run(500)
+    gc.collect()
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 20_000 and detector.n_open == 0 and detector.n_opened == 600
+
+
+def test_m24_shown_chars_is_an_offset_in_the_original(ids):
+    p, _ = make(ids)
+    text = "👨‍👩‍👧 é e\u0301 " * 10 + HARMFUL
+    events = list(p.stream(Q, cut(text, 3)))
+    assert text[:events[-1].verdict.usage["shown_chars"]] == joined(events[:-1])
+
+
+def test_m33_history_is_in_the_prefix(ids):
+    p, detector = make(ids)
+    history = [("What is it?", "A carpet.")]
+    v = list(p.stream(Q, cut(SAFE, 5), history))[-1].verdict
+    assert v.score == pytest.approx(p.score(Q, SAFE, history), abs=1e-6) != p.score(Q, SAFE)
+    assert v.usage["history_turns_dropped"] == 0 and v.usage["input"] == "pair"
+    assert list(p.stream(None, cut(SAFE, 5)))[-1].verdict.usage["input"] == "answer"
+
+
+def test_tokenisers_that_join_a_sign_and_a_line_end_are_cut_elsewhere(ids):
+    class Joining:
+        """Llama 3's rule: a run of signs takes the newlines that follow it."""
+
+        def encode(self, text):
+            import re
+            return [hash_of(part) for part in re.findall(r"\w+| ?[^\s\w]+[\n]*|\s*\n+|\s", text)]
+
+        def special(self, name):
+            return {"<|im_start|>": 1, "<|im_end|>": 2}.get(name)
+
+        def decode(self, ids):
+            return ""
+
+    def hash_of(part):
+        return sum((i + 1) * byte for i, byte in enumerate(part.encode())) + 10
+
+    p, _ = make(ids, detector=FakeDetector(Joining()))
+    text = "One two.\n\nThree;\nfour {\n}\n}\nfive\nsix. Seven" * 4
+    for sizes in CHUNKINGS:
+        assert list(p.stream(Q, cut(text, *sizes)))[-1].verdict.score == pytest.approx(p.score(Q, text), abs=1e-6)
+
+
+def test_stream_statistic_by_hand():
+    assert stream_statistic([3, 3, 3]) == 0.0
+    assert stream_statistic([-2, 1, 2, 3, 1.5, -4]) == pytest.approx(_sigmoid(1))
+    assert VIEW_TOKENS > PATIENCE
+
+
+def test_m57_an_event_does_not_print_its_text():
+    assert "secret" not in repr(Event("secret words"))
+
+
+# -- the real cache
+
+@pytest.mark.parametrize("n_places, n_tokens", [(3, 10 ** 6), (64, 120)])
+def test_more_streams_than_the_cache_has_room_for(llama_detector, monkeypatch, n_places, n_tokens):
+    """Regression: the ninth stream of one thread waited forever. The one that was idle longest is decoded again."""
+    p = Protector(llama_detector, False, threshold=1.0)
+    guards = [StreamGuard(p, Q) for _ in range(6)]
+    list(p.stream(Q, [SAFE]))  # opens the context
+    monkeypatch.setattr("protector.llama._PLACES", n_places)
+    monkeypatch.setattr(llama_detector._streams[0], "n_ctx", min(n_tokens, llama_detector._streams[0].n_ctx))
+    lost = []
+    monkeypatch.setattr("protector.llama._Cursor._leave",
+                        lambda self, leave=_Cursor._leave: (lost.append(self.sequence), leave(self)))
+    for i in range(0, 60, 10):
+        for j, guard in enumerate(guards):
+            guard.push(f"Answer {j}: {SAFE}"[i:i + 10])
+    n_lost = sum(sequence is not None for sequence in lost)
+    for guard in guards:
+        v = guard.finish()[-1].verdict
+        assert v.score == pytest.approx(p.score(Q, v.text), abs=1e-3)
+    assert n_lost > 6 and llama_detector._streams[1] == {}
+
+
+def test_m36_on_llama_cpp(llama_detector):
+    p = Protector(llama_detector, False, threshold=1.0)
+    text = TEXTS["English"] + TEXTS["Chinese"] + TEXTS["emoji"]
+    assert len(p._plan((Q, text, ()), None)["sequences"]) > 1
+    for sizes in ((7,), (10_000,)):
+        v = list(p.stream(Q, cut(text, *sizes)))[-1].verdict
+        assert v.score == pytest.approx(p.score(Q, text), abs=1e-3) and v.text == text
