@@ -28,7 +28,7 @@ _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]
 _PERCENT = re.compile(r"%[0-9A-Fa-f]{2}")
 _BASE64 = re.compile(r"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{16,}={0,2}(?![A-Za-z0-9+/_=-])")
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:0x)?(?:[0-9A-Fa-f]{2}[ :]?){12,}(?![0-9A-Za-z])")
-_MARKED = re.compile(f"([{_LETTER}])[{_MARK}]+")
+_MARKED = re.compile(f"[{_LETTER}][{_MARK}]+")
 _ACCENTED = re.compile("[\u00c0-\u024f\u1e00-\u1eff]")
 _ENGLISH = re.compile(r"\b(?:and|you|your|with|this|that|will|for|are)\b", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+")
@@ -86,8 +86,7 @@ def normalised(text):
     text = _BASE64.sub(_from_base64, text)
     text = _HEX.sub(_from_hex, text)
     if not text.isascii():
-        # The first of the composed characters: "é" stays, what is stacked on it or doesn't compose goes.
-        text = _MARKED.sub(lambda match: unicodedata.normalize("NFC", match.group()[:3])[0], text)
+        text = _MARKED.sub(_without_marks, text)
         text = _without_accents(text)
         text = _WORD.sub(_plain_word, text)
         text = _ODD_SPACE.sub(" ", text)
@@ -116,6 +115,13 @@ def _visible(match):
     """Invisible characters go where a Latin, Greek or Cyrillic letter stands beside them: other scripts and emoji need them."""
     start, end, text = match.start(), match.end(), match.string
     return "" if start and _IS_LETTER(text, start - 1) or _IS_LETTER(text, end) else match.group()
+
+
+def _without_marks(match):
+    """What composes to one letter stays that letter; stacked and struck-through ones are plain."""
+    marked = match.group()
+    letter = unicodedata.normalize("NFC", marked[:3])
+    return letter if len(letter) == 1 and len(marked) <= 3 else unicodedata.normalize("NFD", marked[0])[0]
 
 
 def _without_accents(text):
