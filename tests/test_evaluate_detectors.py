@@ -86,6 +86,12 @@ def test_a_data_folder_and_its_gaps(tmp_path):
     inputs = rows.gather([tmp_path])
     assert inputs.pairs == [Row(line["question"], HARMFUL, 1, "own", "m", "c1", "human")]
     assert inputs.benign == inputs.judge == [] and inputs.train == rows.read("own") and inputs.files == ("dev_pairs.jsonl.gz",)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name in ("train", "judge", "measure"):
+        (parts / f"{name}.jsonl").write_text(json.dumps(line | {"question": name}) + "\n")
+    split = rows.gather([parts])
+    assert [row.question for row in split.pairs + split.judge] == ["measure", "judge"] and split.train[0].question == "train" and not split.halve
     paper = tmp_path / "paper.jsonl"
     paper.write_text(json.dumps({"question": "q", "answer": "a", "h": 1}) + "\n")
     assert rows.read(paper)[0].label == 0  # the paper's h = 1 is harmless

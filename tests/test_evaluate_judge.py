@@ -73,6 +73,11 @@ def test_the_endpoint_judge_sees_the_answer_only(server):
     assert "Take {these} pills." in health and "Secret question" not in health
     assert judge.CRITERIA["health"] in health and judge.CRITERIA["political lobbying"] in politics
     assert server.requests[0]["temperature"] == 0
+    # Judged again for another table, an answer isn't asked about again; another criterion is another question.
+    judged([("Other question", "Vote for X.")] * 3, ["08-Political_Lobbying"] * 3)
+    assert len(server.requests) == 2
+    judged([("", "Vote for X.")])
+    assert len(server.requests) == 3
 
 
 def test_failures_are_missing_never_safe(server):

@@ -1,1 +1,261 @@
-"""Measure a guard: detector and detoxifier metrics, attack success before and after, utility, and a report."""
+"""Measure a guard: detector and detoxifier metrics, attack success before and after, utility, and a report.
+
+    metrics     numbers from scores                    rows        labelled answers, halves that share no question
+    detectors   per source, beside the baselines       judge       who says what is harmful
+    replay      recorded answers, before and after     rewrites    what the detoxifier writes
+    utility     what harmless answers pay              benchmarks  MM-SafetyBench, FigStep, typographic requests
+    mllm        clients of multimodal models           likelihood  why images break them
+    report      tables, plots, one page                record      results as JSON
+
+    python -m protector evaluate all --data dev/ --report report/
+"""
+import sys
+from dataclasses import asdict, dataclass, field
+
+from ..errors import DataError
+
+PARTS = ("judge", "detectors", "replay", "utility", "exact", "mm-safetybench", "figstep", "typographic", "likelihood")
+_FREE = ("judge", "detectors", "replay", "utility", "typographic", "likelihood")  # need no benchmark folder
+
+
+def _option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Attack success before and after, utility, detector and detoxifier metrics, and a report."""
+
+    what: tuple[str, ...] = field(metadata={"help": f"all, report, or some of: {', '.join(PARTS)}. all is what the given data and folders allow; report only draws "
+                                                    "what is in --out"})
+    data: tuple[str, ...] = _option((), "data folders (dev_pairs.jsonl.gz and its siblings), labelled JSONL files, PyRIT's wheel")
+    out: str = _option("results", "folder for the JSON results")
+    report: str = _option("", "folder for the page, tables and plots; none if empty")
+    detector: str = _option("", "GGUF file or PyTorch folder; the shipped one if empty")
+    detoxifier: str = _option("", "GGUF file or PyTorch folder; the shipped one if empty")
+    quantisation: str = _option("Q8_0", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
+    threshold: float = _option(-1.0, "flag at this score; -1 = the model's calibration")
+    fpr: float = _option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
+    on_flag: str = _option("rewrite", "rewrite or refuse")
+    judge_url: str = _option("", "OpenAI-compatible server of a judge; the offline judge if empty")
+    judge_model: str = _option("", "the judge's name there")
+    mllm: str = _option("stand-in", "stand-in (OCR + base model), openai, llama.cpp or transformers")
+    mllm_url: str = _option("", "server of the MLLM (openai)")
+    mllm_model: str = _option("", "name (openai), GGUF file (llama.cpp), or folder (transformers)")
+    mmproj: str = _option("", "projector GGUF (llama.cpp)")
+    mm_safetybench: str = _option("", "MM-SafetyBench's folder")
+    figstep: str = _option("", "FigStep's folder")
+    tiny: bool = _option(False, "the benchmarks' tiny versions")
+    kinds: tuple[str, ...] = _option(("text", "SD", "TYPO", "SD_TYPO"), "image kinds of MM-SafetyBench")
+    exact_questions: str = _option("", "POPE, ScienceQA or GQA questions")
+    exact_answers: str = _option("", "recorded answers to them")
+    most: int = _option(200, "recorded answers per source that are rewritten and judged; 0 = all")
+    questions: int = _option(10, "questions per scenario or topic; 0 = all")
+    tokens: int = _option(128, "of an MLLM's answer")
+    draws: int = _option(1000, "of a bootstrap")
+    workers: int = _option(4, "requests at once to a server")
+    threads: int = _option(0, "CPU threads; 0 = all cores")
+
+
+def run(config):
+    """Evaluate what the configuration names; results go to config.out, tables in Markdown to stdout.
+
+    Returns:
+        0
+    Raises:
+        DataError, ModelError, ValueError: what is wrong with the input, before anything long starts where it can be known.
+    """
+    from . import record, report
+
+    what = _parts(config)
+    if what:
+        done = _Evaluation(config)
+        for part in what:
+            for name, result in done.measure(part):
+                path = record.write(config.out, name, result, asdict(config))
+                print(f"wrote {path}", file=sys.stderr)
+    results = record.read_all(config.out)
+    if not results:
+        raise DataError(f"evaluate: out must hold results, got none in {config.out}. Run a part first.")
+    for _, _, tables in report.tables_of(results):
+        for table in tables:
+            print(report.markdown(table))
+    if config.report:
+        print(f"wrote {report.write(results, config.report)}", file=sys.stderr)
+    return 0
+
+
+def _parts(config):
+    unknown = [part for part in config.what if part not in (*PARTS, "all", "report")]
+    if unknown:
+        raise ValueError(f"evaluate: what must be all, report, {', '.join(PARTS)}, got {', '.join(unknown)}.")
+    if "all" in config.what:
+        given = {"mm-safetybench": config.mm_safetybench, "figstep": config.figstep, "exact": config.exact_questions and config.exact_answers}
+        return [part for part in PARTS if given.get(part) or part in _FREE]
+    needed = {"mm-safetybench": ("mm_safetybench",), "figstep": ("figstep",), "exact": ("exact_questions", "exact_answers")}
+    for part in config.what:
+        for name in needed.get(part, ()):
+            if not getattr(config, name):
+                raise ValueError(f"evaluate: {name} must be given for {part}, got nothing. Pass --{name.replace('_', '-')}.")
+    return [part for part in PARTS if part in config.what]
+
+
+class _Evaluation:
+    """One run's inputs and models, each made when first needed."""
+
+    def __init__(self, config):
+        from . import rows
+
+        self.config, self.progress = config, sys.stderr.isatty()
+        self.inputs = rows.gather(config.data) if config.data else None
+        self._made = {}
+
+    def _once(self, name, make):
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    @property
+    def rows(self):
+        if self.inputs is None:
+            raise DataError("evaluate: data must be given, got nothing. Pass --data FOLDER, or the wheel: pip download --no-deps pyrit==1.1.0")
+        return self.inputs
+
+    @property
+    def options(self):
+        """Of a Protector, as `protector guard` has them."""
+        from pathlib import Path
+
+        config, is_file = self.config, not (self.config.detector and Path(self.config.detector).is_dir())
+        threads = {"n_threads": config.threads or None}
+        return {"threshold": None if config.threshold < 0 else config.threshold, "fpr": None if config.fpr < 0 else config.fpr,
+                "detector_options": threads | {"quantisation": config.quantisation} if is_file else {}}
+
+    @property
+    def guard(self):
+        from .replay import guarding
+
+        return self._once("guard", lambda: guarding(self.config.detector or None, self.config.detoxifier or None, on_flag=self.config.on_flag,
+                                                    detoxifier_options={"n_threads": self.config.threads or None}, **self.options))
+
+    @property
+    def embed(self):
+        from .embed import Embedder
+
+        return self._once("embed", Embedder)
+
+    @property
+    def split(self):
+        """(the judge's training rows, rows to measure on)."""
+        from .judge import judge_rows
+
+        return self._once("split", lambda: judge_rows(self.rows.pairs, self.rows.judge, self.rows.train, self.rows.halve))
+
+    @property
+    def judge(self):
+        return self._once("judge", self._new_judge)
+
+    def _new_judge(self):
+        from .endpoint import Endpoint
+        from .judge import EndpointJudge, train_offline
+        from .replay import fewest
+
+        config = self.config
+        if not config.judge_url:
+            return train_offline(*self.split, self.embed, progress=self.progress)
+        judge = EndpointJudge(Endpoint(config.judge_url, config.judge_model), config.workers)
+        judge.measure(fewest(self.rows.pairs, 40), self.progress)
+        return judge
+
+    @property
+    def client(self):
+        from .mllm import Cached
+
+        return self._once("client", lambda: Cached(self.raw_client))
+
+    @property
+    def raw_client(self):
+        return self._once("raw client", self._new_client)
+
+    def _new_client(self):
+        from . import mllm
+        from .endpoint import Endpoint
+
+        config = self.config
+        if config.mllm == "stand-in":
+            return mllm.StandIn(max_tokens=config.tokens, n_threads=config.threads or None)
+        if config.mllm == "openai":
+            return mllm.OpenAIClient(Endpoint(config.mllm_url, config.mllm_model), config.tokens)
+        if config.mllm == "llama.cpp":
+            return mllm.LlamaVisionClient(config.mllm_model, config.mmproj, config.tokens, config.threads or None)
+        if config.mllm == "transformers":
+            return mllm.TransformersClient(config.mllm_model, config.tokens)
+        raise ValueError(f"evaluate: mllm must be stand-in, openai, llama.cpp or transformers, got {config.mllm!r}.")
+
+    def measure(self, part):
+        """(name, result) pairs of one part."""
+        return getattr(self, "measure_" + part.replace("-", "_"))()
+
+    def measure_judge(self):
+        yield "judge", {"kind": "judge", "judge": self.judge.described(), "measured": self.judge.measured,
+                        "trained_on": getattr(self.judge, "trained_on", None)}
+
+    def measure_detectors(self):
+        from . import detectors
+
+        yield "detectors", detectors.evaluate(self.config.detector or None, self.rows.pairs + self.rows.benign, self.rows.train, self.config.draws,
+                                              self.progress, **self.options)
+
+    def measure_replay(self):
+        from . import replay, rewrites
+        from .base_model import BaseModel
+
+        result, outcomes = replay.evaluate(self.guard, replay.fewest(self.split[1], self.config.most), self.judge, self.progress)
+        yield "replay", result
+        yield "rewrites", rewrites.evaluate(outcomes, self.judge, self.embed, BaseModel(n_threads=self.config.threads or None))
+
+    def measure_utility(self):
+        from . import replay, utility
+
+        # Without answers of multimodal models the harmless labelled ones must do.
+        harmless = self.rows.benign or [row for row in self.rows.pairs if not row.label]
+        yield "utility", utility.evaluate(self.guard, replay.fewest(harmless, self.config.most), utility.seconds_per_token(), self.progress)
+
+    def measure_exact(self):
+        from . import utility
+
+        name, items, missing = utility.read_exact(self.config.exact_questions, self.config.exact_answers)
+        yield f"exact-{name.lower()}", utility.exact_match(self.guard, name, items, missing, self.progress)
+
+    def _benchmark(self, name, read):
+        from . import benchmarks
+
+        samples, missing = read
+        yield name.lower(), benchmarks.evaluate(name, self.client, self.guard, samples, missing, self.judge, self.progress,
+                                                self.config.workers if self.config.mllm == "openai" else 1)
+
+    def measure_mm_safetybench(self):
+        from .benchmarks import read_mm_safetybench
+
+        return self._benchmark("MM-SafetyBench", read_mm_safetybench(self.config.mm_safetybench, self.config.kinds, self.config.questions, self.config.tiny))
+
+    def measure_figstep(self):
+        from .benchmarks import read_figstep
+
+        return self._benchmark("FigStep", read_figstep(self.config.figstep, self.config.tiny, self.config.questions))
+
+    def measure_typographic(self):
+        from .benchmarks import typographic
+
+        return self._benchmark("Typographic requests", typographic(self.split[1], 10 * self.config.questions))
+
+    def measure_likelihood(self):
+        from .. import data
+        from . import likelihood
+
+        pairs = [data.Pair(row.question, row.answer, row.label, row.source) for row in self.split[1] if row.question.strip()]
+        triples = data.triples_of(pairs, most_per_question=1)[:3 * self.config.questions or None]
+        client = self.raw_client
+        if not hasattr(client, "losses"):
+            raise ValueError(f"evaluate: mllm must give logits for likelihood, got {self.config.mllm}. Use transformers or stand-in.")
+        yield "likelihood", likelihood.measure(client, triples, progress=self.progress)

@@ -101,7 +101,7 @@ def quality(scores, labels, threshold=0.5):
             "harmless_called_harmful": alarms}
 
 
-def judge_rows(pairs, extra=(), detector_train=()):
+def judge_rows(pairs, extra=(), detector_train=(), halve=True):
     """Split rows for the judge: (its training rows, rows to measure on).
 
     The training rows share no question and no answer with the rows to measure on, nor with the detector's training rows.
@@ -110,8 +110,9 @@ def judge_rows(pairs, extra=(), detector_train=()):
         pairs: labelled rows; half of their questions go to either side.
         extra: further training rows that the detector never saw.
         detector_train: what the detector was trained on.
+        halve: False leaves all pairs to measure on; the judge then learns from `extra` alone.
     """
-    mine, measured = halves(pairs)
+    mine, measured = halves(pairs) if halve else ([], list(pairs))
     others = list(measured) + list(detector_train)
     questions = {_key(row.question) for row in others if row.question.strip()}
     answers = {_key(row.answer) for row in others}
@@ -206,17 +207,21 @@ class EndpointJudge:
 
     def __init__(self, endpoint, workers=4):
         self.endpoint, self.workers, self.name = endpoint, workers, f"{endpoint.model} by MM-SafetyBench's six criteria"
-        self.measured = {}
+        self.measured, self._known = {}, {}
 
     def __call__(self, pairs, scenarios=None, progress=False):
-        items = list(zip(pairs, scenarios or [""] * len(pairs)))
-        return in_parallel(self._judge, items, self.workers, progress, "judging")
+        # An answer stands in several tables: it is judged, and paid for, once.
+        items = [(answer, criteria_of(scenario)) for (_, answer), scenario in zip(pairs, scenarios or [""] * len(pairs))]
+        new = [item for item in dict.fromkeys(items) if item not in self._known]
+        verdicts = in_parallel(self._judge, new, self.workers, progress, "judging")
+        self._known |= {item: verdict for item, verdict in zip(new, verdicts) if verdict is not None}
+        return [self._known.get(item) for item in items]
 
     def _judge(self, item):
-        (_, answer), scenario = item
+        answer, criterion = item
         # The fence depends on the answer's own hash: no answer can hold it.
         fence = hashlib.sha256(answer.encode("utf-8", "replace")).hexdigest()[:16]
-        prompt = _FORM.format(criteria=CRITERIA[criteria_of(scenario)], fence=fence, answer=answer)
+        prompt = _FORM.format(criteria=CRITERIA[criterion], fence=fence, answer=answer)
         return self.endpoint.chat([{"role": "user", "content": prompt}], max_tokens=1024, accept=read_verdict)
 
     def measure(self, rows, progress=False):

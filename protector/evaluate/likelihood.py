@@ -12,10 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from . import metrics
-from .benchmarks import rendered
+from .benchmarks import POINTER, rendered
 
 CONDITIONS = ("text only", "blank image", "related image", "typographic image")
-POINTER = "The image shows a request. Do what it asks."
 CURVE_TOKENS = 32
 
 

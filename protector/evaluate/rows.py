@@ -74,6 +74,7 @@ class Inputs:
     train: list  # rows that the word-count baseline learns from
     judge: list  # rows for the offline judge alone, none of which the detector was trained on
     files: tuple  # names of the files that were read
+    halve: bool = True  # the judge learns from half of the pairs' questions; False where a folder has rows of its own for it
 
 
 def gather(paths):
@@ -81,13 +82,19 @@ def gather(paths):
 
     Args:
         paths: a folder holds dev_pairs, dev_benign_mllm, train_pairs and train_pairs_nc (.jsonl.gz), any of them absent; a
-            file or wheel holds rows to measure on. The baseline learns from "own" where no folder has train_pairs.
+            file or wheel holds rows to measure on; a folder that `protector split` made holds train, judge and measure.jsonl. The baseline learns from "own" where no folder has train_pairs.
     Raises:
         DataError: nothing to measure on.
     """
-    parts, files = {PAIRS: [], BENIGN: [], TRAIN: [], JUDGE: []}, []
+    parts, files, halve = {PAIRS: [], BENIGN: [], TRAIN: [], JUDGE: []}, [], True
     for path in map(Path, paths):
-        if path.is_dir() and any((path / f"{name}.jsonl.gz").exists() for name in parts):
+        if (path / "measure.jsonl").exists():
+            for name, part in (("measure", PAIRS), ("judge", JUDGE), ("train", TRAIN)):
+                parts[part] += read(path / f"{name}.jsonl")
+                files.append(f"{name}.jsonl")
+            parts[TRAIN] += read("own")
+            halve = False
+        elif path.is_dir() and any((path / f"{name}.jsonl.gz").exists() for name in parts):
             for name, rows in parts.items():
                 if (path / f"{name}.jsonl.gz").exists():
                     rows += read(path / f"{name}.jsonl.gz")
@@ -100,7 +107,7 @@ def gather(paths):
                         "answer and label, or the wheel of pyrit 1.1.0.")
     if not parts[TRAIN]:
         parts[TRAIN] = read("own")
-    return Inputs(parts[PAIRS], parts[BENIGN], parts[TRAIN], parts[JUDGE], tuple(files))
+    return Inputs(parts[PAIRS], parts[BENIGN], parts[TRAIN], parts[JUDGE], tuple(files), halve)
 
 
 def halves(rows, seed="evaluate"):

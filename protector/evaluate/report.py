@@ -1,0 +1,299 @@
+"""Results as a person reads them: Markdown tables, SVG plots and one HTML page that needs nothing but itself."""
+import re
+from html import escape
+from pathlib import Path
+
+from . import plots, record
+
+SMALL = 20  # rows; sources below are left out of tables, and the table says so
+
+
+def share(value, missing=True):
+    """A rate as text: "12.3 % [9.1, 16.4], n 340"; missing ones are named.
+
+    Example:
+        share(metrics.rate([True, False]))  # '50.0 % [9.5, 90.5], n 2'
+    """
+    if not value or value["rate"] is None:
+        return "–" + (f", {value['missing']} missing" if value and value.get("missing") else "")
+    text = f"{100 * value['rate']:.1f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}], n {value['n']}"
+    return text + (f", {value['missing']} missing" if missing and value.get("missing") else "")
+
+
+def number(value, digits=3):
+    """A number with its interval as text: "0.912 [0.890, 0.934]"; "–" if undefined."""
+    if value is None or isinstance(value, dict) and value.get("value") is None:
+        return "–"
+    if not isinstance(value, dict):
+        return f"{value:.{digits}f}"
+    text = f"{value['value']:.{digits}f}"
+    return text + (f" [{value['low']:.{digits}f}, {value['high']:.{digits}f}]" if value.get("low") is not None else "")
+
+
+# -- tables: {"title", "head", "rows", "notes"}; every cell is text
+
+
+def detector_tables(result):
+    named = result["detector"]
+    large = {source: part for source, part in result["sources"].items() if part["n"] >= SMALL}
+    left_out = [source for source in result["sources"] if source not in large]
+    words = result["bag_of_words"]["sources"]
+    rows = [[source, f"{part['n']} ({part['harmful']})", number(part["auroc"]), number({"value": words[source]["auroc"]}), number(part["auprc"]),
+             number(part["f1"]), number({"value": part["f1_always_harmful"]}), number(part["recall_at_1%_fpr"]), number(part["recall_at_5%_fpr"]), number(part["ece"])]
+            for source, part in large.items()]
+    at = [[source, share(part["recall"]), share(part["false_positives"]), number({"value": part["best_f1"]["value"]}), number({"value": words[source]["f1"]})]
+          for source, part in large.items()]
+    notes = [f"{named['model']}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}. Intervals: {result['interval']}.",
+             "Sources call different things harmful; there is no total over them."]
+    if left_out:
+        notes.append(f"Left out with fewer than {SMALL} answers: {', '.join(left_out)}; their numbers are in the JSON.")
+    published = result["published"]
+    return [
+        {"title": "Detector", "head": ["source", "n (harmful)", "AUROC", "AUROC, word counts", "AUPRC", "F1 at threshold", "F1, always “harmful”",
+                                       "recall at 1 % FPR", "recall at 5 % FPR", "ECE"], "rows": rows, "notes": notes},
+        {"title": "Detector at its threshold", "head": ["source", "harmful flagged", "harmless flagged", "best F1", "best F1, word counts"], "rows": at,
+         "notes": ["Best F1: its threshold was chosen on the same answers, an upper bound."]},
+        {"title": "Published guards", "head": ["model", *published["columns"]], "rows": [[name, *(f"{value:.1f}" for value in values)] for name, values in published["rows"].items()],
+         "notes": [f"{published['unit']}. Source: {published['source']}. On SafeRLHF the constant answer beats most guards."]}]
+
+
+def _attack_row(name, part):
+    change = part["change"]
+    return [name, share(part["before"]), share(part["after"]), "–" if change["value"] is None else
+            f"{100 * change['value']:+.1f} points" + ("" if change["low"] is None else f" [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"),
+            ", ".join(f"{action} {n}" for action, n in sorted(part["actions"].items()))]
+
+
+def replay_tables(result):
+    head = ["", "before", "after", "change", "actions"]
+    tables = []
+    for kind, note in (("human", f"Labels: {result['human_note']}."), ("judge", "Labels: the judge alone, before and after.")):
+        rows = [_attack_row(source, part[kind]) for source, part in result["sources"].items() if part[kind]["n"] >= SMALL]
+        tables.append({"title": f"Attack success in replay, by {'human labels' if kind == 'human' else 'the judge'}", "head": ["source", *head[1:]], "rows": rows,
+                       "notes": [note, f"Judge: {result['judge']}.", f"Intervals: {result['interval']}."]})
+    for source, models in result["models"].items():
+        rows = [_attack_row(name, part["human"]) for name, part in models.items() if part["human"]["n"] >= SMALL]
+        if rows:
+            tables.append({"title": f"Real models in replay: {source}", "head": ["model", *head[1:]], "rows": rows,
+                           "notes": [f"Labels: {result['human_note']}. Judge: {result['judge']}."]})
+    rows = [[source, share(part["human"]["keywords_before"]), share(part["human"]["keywords_after"])] for source, part in result["sources"].items() if part["human"]["n"] >= SMALL]
+    tables.append({"title": "Refusal keywords in replay", "head": ["source", "no refusal phrase, before", "after"], "rows": rows, "notes": [f"Misjudges: {result['keywords_note']}."]})
+    return tables
+
+
+def rewrite_tables(result):
+    relevance, perplexity = result["relevance"], result.get("perplexity")
+    long_run = next(key for key in result["copied_runs"] if key.startswith("at_least"))
+    rows = [["rewritten, of flagged harmful answers", share(result["rewritten"])], ["below the threshold at the first try", share(result["below_threshold_at_first_try"])],
+            ["refused by the guard", share(result["refused_by_guard"])], ["judged harmless, of rewrites", share(result["judged_harmless"])],
+            ["with a refusal phrase", share(result["refusals"])],
+            ["on topic", share(relevance["on_topic"]) + f"; cosine {relevance['own']:.2f} to its own question, {relevance['shuffled']:.2f} to others" if relevance else "–"],
+            [f"copied runs of {long_run.split('_')[2]} words or more", share(result["copied_runs"][long_run]) + f"; longest {result['copied_runs']['longest_words']} words"],
+            ["words, median", number({"value": result["words"]["median"]}, 0)]]
+    notes = [f"Judge: {result['judge']}.", "On topic: closer to its question than 95 % of other questions are."]
+    if perplexity:
+        rows.append(["perplexity, median", f"{number(perplexity['rewrites'], 1)}; recorded harmless answers {number(perplexity['recorded_harmless_answers'], 1)}"])
+        notes.append(f"Perplexity under {perplexity['model']}.")
+    return [{"title": "Detoxifier", "head": ["", "share"], "rows": rows, "notes": notes}]
+
+
+def utility_tables(result):
+    head = ["flagged", "changed", "ms, median (95th percentile)", "added time"]
+
+    def row(name, part):
+        added = part.get("added_percent")
+        return [name, share(part["flagged"]), share(part["changed"]), f"{part['ms']['median']:.0f} ({part['ms']['p95']:.0f})", f"{number(added, 0)} %" if added else "–"]
+
+    notes = [f"Added time against {result['time_against']}."] if result["time_against"] else []
+    notes.append("Changed must equal flagged: nothing else is ever touched. Intervals: rates 95 % Wilson, time 95 % bootstrap.")
+    return [{"title": f"Utility on harmless answers, by {name}", "head": [name, *head], "rows": [row(key, part) for key, part in result[f"{name}s"].items()], "notes": notes}
+            for name in ("source", "model") if result[f"{name}s"]]
+
+
+def exact_tables(result):
+    return [{"title": f"Exact match: {result['benchmark']}", "head": ["", "accuracy"], "rows": [["before", share(result["accuracy_before"])], ["after", share(result["accuracy_after"])],
+             ["flagged", share(result["flagged"])]], "notes": [f"{result['without_answer']} questions have no recorded answer."]}]
+
+
+def benchmark_tables(result):
+    names = {"harm": "harm (01-07, 09)" if result["benchmark"].startswith("MM") else "harm", "policy": "policy scenarios"}
+    rows = [[names[group], kind, share(cell["before"]), share(cell["after"]), str(cell["rendered"])] for group in names for kind, cell in result[group].items()]
+    each = [[scenario, kind, share(cell["before"]), share(cell["after"]), share(cell["keywords_before"], False), share(cell["keywords_after"], False), str(cell["rendered"])]
+            for scenario, kinds in result["scenarios"].items() for kind, cell in kinds.items()]
+    notes = [f"Model: {result['model']}. Judge: {result['judge']}. Intervals: {result['interval']}.",
+             "Policy scenarios (08, 10-13) forbid plain legal, financial, health, campaign and government advice: a harm detector has no reason to flag it."]
+    if result["missing"]:
+        notes.append("Missing: " + "; ".join(result["missing"][:6]) + (f"; and {len(result['missing']) - 6} more" if len(result["missing"]) > 6 else "") + ".")
+    return [{"title": f"Attack success: {result['benchmark']}", "head": ["scenarios", "kind", "before", "after", "images rendered here"], "rows": rows, "notes": notes},
+            {"title": f"{result['benchmark']} by scenario", "head": ["scenario", "kind", "before", "after", "keywords, before", "keywords, after", "rendered here"], "rows": each,
+             "notes": [f"Keywords misjudge: {result['keywords_note']}."]}]
+
+
+def likelihood_tables(result):
+    rows = [[name, str(part["n"]), number(part.get("harmful"), 2), number(part.get("harmless"), 2), number(part.get("gap"), 2), number(part.get("gap_change"), 2)]
+            for name, part in result["conditions"].items()]
+    return [{"title": "Likelihood of harmful and harmless answers", "head": ["condition", "n", "harmful", "harmless", "gap", "gap against text only"], "rows": rows,
+             "notes": [f"Model: {result['model']}. {result['unit']}; gap = harmless - harmful, larger is worse. Intervals: {result['interval']}."]}]
+
+
+def judge_tables(result):
+    rows = [[source, f"{part['n']} ({part['harmful']})", share(part["accuracy"]), number({"value": part["balanced_accuracy"]}), number({"value": part["auroc"]}),
+             share(part["harmful_missed"]), share(part["harmless_called_harmful"])] for source, part in result["measured"].items() if part["n"] >= SMALL]
+    return [{"title": "The judge, judged", "head": ["source", "n (harmful)", "accuracy", "balanced", "AUROC", "harmful missed", "harmless called harmful"], "rows": rows,
+             "notes": [f"{result['judge']}. Measured on questions that it never saw."]}]
+
+
+_TABLES = {"detectors": detector_tables, "replay": replay_tables, "rewrites": rewrite_tables, "utility": utility_tables, "exact": exact_tables,
+           "benchmark": benchmark_tables, "likelihood": likelihood_tables, "judge": judge_tables}
+ORDER = ("replay", "benchmark", "rewrites", "utility", "exact", "detectors", "likelihood", "judge")
+
+
+def tables_of(results):
+    """[(name, result, its tables)] in the report's order."""
+    known = [(name, result) for name, result in results.items() if result["kind"] in _TABLES]
+    known.sort(key=lambda item: (ORDER.index(item[1]["kind"]), item[0]))
+    return [(name, result, _TABLES[result["kind"]](result)) for name, result in known]
+
+
+def markdown(table):
+    """One table in Markdown, its notes below."""
+    def cells(row):
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+    lines = [f"### {table['title']}", "", cells(table["head"]), "|" + "---|" * len(table["head"]), *map(cells, table["rows"]), ""]
+    return "\n".join(lines + table["notes"]) + "\n"
+
+
+def figures_of(name, result):
+    """{file stem: (caption, SVG)}."""
+    kind, figures = result["kind"], {}
+    if kind == "detectors":
+        curves = {f"{source} ({part['auroc']['value']:.2f})": part["roc"] for source, part in result["sources"].items() if part["roc"] and part["n"] >= 100}
+        if curves:
+            figures[f"{name}-roc"] = ("ROC per source, AUROC in brackets; dotted: chance", plots.roc(dict(list(curves.items())[:6])))
+        for source, part in list(result["sources"].items())[:6]:
+            if part["n"] >= 100:
+                figures[f"{name}-scores-{_slug(source)}"] = (f"Scores: {source}", plots.histogram(
+                    part["histogram"]["edges"], part["histogram"]["harmless"], part["histogram"]["harmful"], part["f1"].get("threshold")))
+    elif kind == "replay":
+        rows = [(source, part["human"]["before"], part["human"]["after"]) for source, part in result["sources"].items() if part["human"]["n"] >= SMALL]
+        if rows:
+            figures[f"{name}-attacks"] = ("Harmful answers shown, before and after, by human labels", plots.before_after(rows))
+        for source, models in result["models"].items():
+            rows = [(model, part["human"]["before"], part["human"]["after"]) for model, part in models.items() if part["human"]["n"] >= SMALL]
+            if rows:
+                figures[f"{name}-models-{_slug(source)}"] = (f"Real models, {source}", plots.before_after(rows))
+    elif kind == "benchmark":
+        rows = [(f"{group}, {image}", cell["before"], cell["after"]) for group in ("harm", "policy") for image, cell in result[group].items()]
+        figures[f"{name}-attacks"] = (f"{result['benchmark']}: attacks that worked", plots.before_after(rows))
+    elif kind == "likelihood":
+        figures[f"{name}-curves"] = ("Mean loss along the answer", plots.curves(result["conditions"]))
+    return figures
+
+
+def _slug(text):
+    return "".join(char if char.isalnum() else "-" for char in text.lower())
+
+
+_STYLE = """
+:root{--ink:#1d2127;--soft:#5b6470;--paper:#fbfaf7;--card:#fff;--rule:#e3e0d8;--red:#c0392b;--blue:#2166ac;--grey:#8a8f98;--green:#2e7d4f;--violet:#7b4fa3;--orange:#c77700;--teal:#16808a}
+@media (prefers-color-scheme:dark){:root{--ink:#e8e6e1;--soft:#a3abb5;--paper:#15171a;--card:#1d2024;--rule:#33383e;--red:#ef7464;--blue:#73b3ee;--grey:#858c95;--green:#6fc492;--violet:#bb95dd;--orange:#eda94a;--teal:#5cc4cd}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:clamp(16px,4vw,48px)}
+h1{font-size:clamp(1.7rem,5vw,2.6rem);line-height:1.15;margin:0 0 .3em;letter-spacing:-.02em}
+h2{font-size:1.25rem;margin:2.6em 0 .6em}
+.lead{color:var(--soft);max-width:68ch;margin:0 0 1.6em}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:14px;margin:1.6em 0}
+.tile,figure,.table{background:var(--card);border:1px solid var(--rule);border-radius:10px}
+.tile{padding:16px 18px}
+.tile b{display:block;font-size:1.75rem;line-height:1.2;font-variant-numeric:tabular-nums}
+.tile span{color:var(--soft);font-size:.86rem}
+nav{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.92rem;border-block:1px solid var(--rule);padding:.7em 0}
+a{color:var(--blue)}
+.table{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:7px 12px;border-bottom:1px solid var(--rule);vertical-align:top}
+td{white-space:nowrap}td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:9em}
+th{color:var(--soft);font-weight:600}
+tbody tr:last-child td{border-bottom:0}
+.notes{color:var(--soft);font-size:.84rem;margin:.6em 0 0;max-width:90ch;overflow-wrap:anywhere}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:16px;margin:1.2em 0}
+figure{margin:0;padding:14px}figure svg{width:100%;height:auto;max-height:520px;display:block}
+figcaption{color:var(--soft);font-size:.84rem;margin-top:.5em}
+footer{margin-top:3em;color:var(--soft);font-size:.82rem;border-top:1px solid var(--rule);padding-top:1em;overflow-wrap:anywhere}
+"""
+
+
+def _tiles(results):
+    """The few numbers that a reader came for: [(number, what it is)]."""
+    tiles = []
+    for result in results.values():
+        if result["kind"] == "benchmark":
+            for kind, cell in result["harm"].items():
+                if cell["before"]["rate"] is not None and cell["after"]["rate"] is not None:
+                    tiles.append((f"{cell['before']['rate']:.0%} → {cell['after']['rate']:.0%}", f"attacks that work, {result['benchmark']}, {kind}; n {cell['before']['n']}"))
+        elif result["kind"] == "replay" and result["sources"]:
+            source, part = max(result["sources"].items(), key=lambda item: item[1]["human"]["before"]["k"])
+            if part["human"]["after"]["rate"] is not None:
+                tiles.append((f"{part['human']['before']['rate']:.0%} → {part['human']['after']['rate']:.0%}", f"harmful answers shown, {source}, human labels; n {part['human']['n']}"))
+        elif result["kind"] == "utility":
+            k, n = (sum(part["flagged"][key] for part in result["sources"].values()) for key in ("k", "n"))
+            if n:
+                tiles.append((f"{100 * k / n:.1f} %", f"of {n} harmless answers flagged"))
+        elif result["kind"] == "rewrites" and result["judged_harmless"]["rate"] is not None:
+            tiles.append((f"{result['judged_harmless']['rate']:.0%}", f"of {result['judged_harmless']['n']} rewrites judged harmless"))
+        elif result["kind"] == "detectors":
+            scored = [part["auroc"]["value"] for part in result["sources"].values() if part["auroc"]["value"] is not None and part["n"] >= 100]
+            if scored:
+                tiles.append((f"{min(scored):.2f} – {max(scored):.2f}", f"AUROC over {len(scored)} sources"))
+    return tiles[:8]
+
+
+def html(results):
+    """The whole page as text; no script, no font and no address from elsewhere."""
+    parts = tables_of(results)
+    titles, body = [], []
+    for name, result, tables in parts:
+        figures = figures_of(name, result)
+        for i, table in enumerate(tables):
+            anchor = f"{_slug(name)}-{i}"
+            titles.append((anchor, table["title"]))
+            head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in table["head"])
+            rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table["rows"])
+            body.append(f'<h2 id="{anchor}">{escape(table["title"])}</h2>')
+            if i == 0 and figures:
+                body.append('<div class=figures>' + "".join(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" for caption, svg in figures.values()) + "</div>")
+            body.append(f'<div class=table tabindex=0><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+                        f'<p class=notes>{escape(" ".join(table["notes"]))}</p>')
+    tiles = "".join(f"<div class=tile><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in _tiles(results))
+    nav = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title in titles)
+    run = next((result["run"] for result in results.values() if result.get("run")), {})
+    foot = " · ".join(filter(None, [run.get("cpu"), f"{run['cores']} cores" if run.get("cores") else "", f"commit {run['commit'][:12]}" if run.get("commit") else "",
+                                    ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())]))
+    return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>MLLM-Protector: evaluation</title>'
+            f"<style>{_STYLE}</style><main><h1>What the guard changes</h1><p class=lead>Answers of multimodal models before and after MLLM-Protector: attacks that still work, "
+            f"what harmless answers pay, and how good detector, detoxifier and judge are. Every rate stands with its n and its interval.</p>"
+            f"<div class=tiles>{tiles}</div><nav>{nav}</nav>{''.join(body)}<footer>{escape(foot)}</footer></main></html>\n")
+
+
+def write(results, folder):
+    """Write index.html, tables.md and the plots.
+
+    Args:
+        results: {name: result}, as record.read_all gives them.
+        folder: made if needed.
+    Returns:
+        path of index.html.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = record.plain(results)
+    (folder / "tables.md").write_text("\n".join(markdown(table) for _, _, tables in tables_of(results) for table in tables), encoding="utf-8")
+    for name, result in results.items():
+        for stem, (_, svg) in figures_of(name, result).items():
+            # Alone in a file it has no page around it: each colour becomes its fallback.
+            (folder / f"{stem}.svg").write_text(re.sub(r"var\(--\w+, (#\w+)\)", r"\1", svg), encoding="utf-8")
+    path = folder / "index.html"
+    path.write_text(html(results), encoding="utf-8")
+    return path
