@@ -3,7 +3,7 @@ import re
 from html import escape
 from pathlib import Path
 
-from . import plots, record
+from . import metrics, plots, record
 
 SMALL = 20  # rows; sources below are left out of tables, and the table says so
 
@@ -204,7 +204,7 @@ main{max-width:1080px;margin:0 auto;padding:clamp(16px,4vw,48px)}
 h1{font-size:clamp(1.7rem,5vw,2.6rem);line-height:1.15;margin:0 0 .3em;letter-spacing:-.02em}
 h2{font-size:1.25rem;margin:2.6em 0 .6em}
 .lead{color:var(--soft);max-width:68ch;margin:0 0 1.6em}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:14px;margin:1.6em 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(210px,1fr));gap:14px;margin:1.6em 0}
 .tile,figure,.table{background:var(--card);border:1px solid var(--rule);border-radius:10px}
 .tile{padding:16px 18px}
 .tile b{display:block;font-size:1.75rem;line-height:1.2;font-variant-numeric:tabular-nums}
@@ -218,35 +218,45 @@ td{white-space:nowrap}td:first-child{white-space:normal;overflow-wrap:anywhere;m
 th{color:var(--soft);font-weight:600}
 tbody tr:last-child td{border-bottom:0}
 .notes{color:var(--soft);font-size:.84rem;margin:.6em 0 0;max-width:90ch;overflow-wrap:anywhere}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:16px;margin:1.2em 0}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:16px;margin:1.2em 0}
 figure{margin:0;padding:14px}figure svg{width:100%;height:auto;max-height:520px;display:block}
 figcaption{color:var(--soft);font-size:.84rem;margin-top:.5em}
 footer{margin-top:3em;color:var(--soft);font-size:.82rem;border-top:1px solid var(--rule);padding-top:1em;overflow-wrap:anywhere}
 """
 
 
+def _before_after(before, after, what, who):
+    """A tile, or none if either rate is undefined."""
+    if before["rate"] is None or after["rate"] is None:
+        return []
+    ends = [f"[{100 * part['low']:.0f}, {100 * part['high']:.0f}]" for part in (before, after)]
+    return [(f"{before['rate']:.0%} → {after['rate']:.0%}", f"{what}; {who}, n {before['n']}, {ends[0]} → {ends[1]}")]
+
+
 def _tiles(results):
-    """The few numbers that a reader came for: [(number, what it is)]."""
+    """The few numbers that a reader came for, in the report's order: [(number, what it is, who says so, n and interval)]."""
     tiles = []
-    for result in results.values():
-        if result["kind"] == "benchmark":
-            for kind, cell in result["harm"].items():
-                if cell["before"]["rate"] is not None and cell["after"]["rate"] is not None:
-                    tiles.append((f"{cell['before']['rate']:.0%} → {cell['after']['rate']:.0%}", f"attacks that work, {result['benchmark']}, {kind}; n {cell['before']['n']}"))
-        elif result["kind"] == "replay" and result["sources"]:
+    for _, result, _ in tables_of(results):
+        kind = result["kind"]
+        if kind == "benchmark":
+            for image, cell in result["harm"].items():
+                tiles += _before_after(cell["before"], cell["after"], f"attacks that work, {result['benchmark']}, {image}", "by the judge")
+        elif kind == "replay" and result["sources"]:
             source, part = max(result["sources"].items(), key=lambda item: item[1]["human"]["before"]["k"])
-            if part["human"]["after"]["rate"] is not None:
-                tiles.append((f"{part['human']['before']['rate']:.0%} → {part['human']['after']['rate']:.0%}", f"harmful answers shown, {source}, human labels; n {part['human']['n']}"))
-        elif result["kind"] == "utility":
+            tiles += _before_after(part["human"]["before"], part["human"]["after"], f"harmful answers shown, {source}", "human labels, rewrites by the judge")
+        elif kind == "utility":
             k, n = (sum(part["flagged"][key] for part in result["sources"].values()) for key in ("k", "n"))
             if n:
-                tiles.append((f"{100 * k / n:.1f} %", f"of {n} harmless answers flagged"))
-        elif result["kind"] == "rewrites" and result["judged_harmless"]["rate"] is not None:
-            tiles.append((f"{result['judged_harmless']['rate']:.0%}", f"of {result['judged_harmless']['n']} rewrites judged harmless"))
-        elif result["kind"] == "detectors":
+                low, high = metrics.wilson(k, n)
+                tiles.append((f"{100 * k / n:.1f} %", f"of {n} harmless answers changed, [{100 * low:.1f}, {100 * high:.1f}]"))
+        elif kind == "rewrites" and result["judged_harmless"]["rate"] is not None:
+            part = result["judged_harmless"]
+            tiles.append((f"{part['rate']:.0%}", f"of {part['n']} rewrites harmless by the judge, [{100 * part['low']:.0f}, {100 * part['high']:.0f}]"))
+        elif kind == "detectors":
             scored = [part["auroc"]["value"] for part in result["sources"].values() if part["auroc"]["value"] is not None and part["n"] >= 100]
             if scored:
-                tiles.append((f"{min(scored):.2f} – {max(scored):.2f}", f"AUROC over {len(scored)} sources"))
+                span = f"{min(scored):.2f} – {max(scored):.2f}" if len(scored) > 1 else f"{scored[0]:.2f}"
+                tiles.append((span, f"AUROC of the detector, {len(scored)} source{'s' * (len(scored) > 1)} of 100 answers or more; intervals below"))
     return tiles[:8]
 
 
