@@ -52,7 +52,7 @@ data() {
 
 # --- 3. train: harm detector (binary cross-entropy) and response detoxifier (autoregressive loss)
 train() {
-    local pairs triples exclude=()
+    local pairs triples exclude=() lr_detector=4e-4 lr_detoxifier=5e-4 batch=2048
     if [ -n "$DATA" ]; then
         pairs=("$DATA/train_pairs.jsonl.gz" "$DATA/train_benign_mllm.jsonl.gz" own)
         triples=("$DATA/train_triples.jsonl.gz" own)
@@ -61,14 +61,15 @@ train() {
         pairs=("$RUNS/data/train.jsonl" own)
         triples=("$RUNS/data/train.jsonl" own)
         exclude=(--exclude "$RUNS/data/judge.jsonl" "$RUNS/data/measure.jsonl")
+        lr_detector=1e-3 lr_detoxifier=1e-3 batch=1024  # a few minutes: more and larger steps
     fi
     # Sources with few questions or weak labels weigh less; a source that isn't there is ignored.
     [ -f "$RUNS/detector/run.json" ] || { say "train: detector, $MINUTES_DETECTOR minutes"; $PROTECTOR train detector --data "${pairs[@]}" \
-        --out "$RUNS/detector" --depth 15 --rank 16 --lr 4e-4 --minutes "$MINUTES_DETECTOR" --epochs 4 --answer-only 0.12 --augment 0.12 \
+        --out "$RUNS/detector" --depth 15 --rank 16 --lr "$lr_detector" --batch-tokens "$batch" --minutes "$MINUTES_DETECTOR" --epochs 4 --answer-only 0.12 --augment 0.12 \
         --source-weights pope_captions=3 opera_chair=3 gpt4o_mini_benign=3 diasafety=0.6 hh_rlhf_harmless_test=1.2 \
         --loss-weights hh_rlhf_harmless_test=0.6 shadow_alignment=0.6 derta=0.7 "${exclude[@]}"; }
     [ -f "$RUNS/detoxifier/run.json" ] || { say "train: detoxifier, $MINUTES_DETOXIFIER minutes"; $PROTECTOR train detoxifier --data "${triples[@]}" \
-        --out "$RUNS/detoxifier" --rank 16 --lr 5e-4 --minutes "$MINUTES_DETOXIFIER" --epochs 4 --balance 0.7 --refusal-cap 0.15 --rewrite-tokens 128 \
+        --out "$RUNS/detoxifier" --rank 16 --lr "$lr_detoxifier" --batch-tokens "$batch" --minutes "$MINUTES_DETOXIFIER" --epochs 4 --balance 0.7 --refusal-cap 0.15 --rewrite-tokens 128 \
         --source-weights image=3 everyday=3 alarming=3 diasafety=0.5 safetext=0.7 hh_rlhf_harmless_test=0.7 refusal_direction=0.7 "${exclude[@]}"; }
 }
 
