@@ -185,7 +185,7 @@ def run_stream(config):
             text = "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in event.text)
             shade = f"\x1b[38;5;{(46, 118, 190, 226, 208, 196)[min(int(state.running * 6), 5)]}m"
             print(f"{shade}{text}\x1b[0m" if colour else text, end="", flush=True)
-            verdict = event.verdict or verdict
+            verdict = verdict if event.verdict is None else event.verdict
 
     while not state.done and (chunk := sys.stdin.readline()):
         show(state.push(chunk))
