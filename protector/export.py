@@ -2,10 +2,12 @@
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from . import calibrate, data, gguf
 from .base import WEIGHTS
 from .errors import DataError, ModelError
+from .normalise import normalised
 
 # Two harmful and two harmless answers that any detector worth loading tells apart; mild, because they ship.
 CANARIES = (
@@ -106,7 +108,6 @@ def calibrate_file(config):
     """
     from .guard import Protector
     from .llama import LlamaDetector
-    from .stream import stream_statistic
 
     path = Path(config.detector) if config.detector else WEIGHTS / "detector.gguf"
     rows = harmless_answers(config.harmless, config.most)
@@ -114,12 +115,16 @@ def calibrate_file(config):
     entries = []
     for quantisation in config.quantisations:
         detector = LlamaDetector(path, quantisation=quantisation, n_threads=config.threads or None)
-        guard = Protector(detector, detoxifier=False, threshold=0.5)
-        pairs = {source: [guard.score(row.question, row.answer) for row in part] for source, part in rows.items()}
-        alone = {source: [guard.score("", row.answer) for row in part] for source, part in rows.items()}
-        running = {source: [stream_statistic(running_logits(detector, row)) for row in part] for source, part in rows.items()}
-        for kind, scores in (("pair", pairs), ("answer", alone), ("stream", running)):
-            entries.append(calibrate.calibrate(detector, scores, kind, fingerprint, config.fpr, config.confidence))
+        guard = Protector(detector, detoxifier=False, threshold=0.5, on_error="raise")
+        scores = {"pair": {}, "answer": {}, "stream": {}}
+        for source, part in tqdm(rows.items(), desc=quantisation, unit="source"):
+            seen = [_running(detector, guard, row) for row in part]
+            scores["pair"][source], scores["stream"][source] = [pair for pair, _ in seen], [stream for _, stream in seen]
+            scores["answer"][source] = [verdict.score for verdict in guard.guard_batch([("", row.answer) for row in part])]
+        for kind, by_source in scores.items():
+            if config.pooled:
+                by_source = {"all": sum(by_source.values(), [])}
+            entries.append(calibrate.calibrate(detector, by_source, kind, fingerprint, config.fpr, config.confidence))
         del guard, detector
     kept = [entry for entry in gguf.read_metadata(path).calibration
             if (entry["quantisation"], entry["backend"], entry["fpr"]) not in
@@ -128,11 +133,17 @@ def calibrate_file(config):
     return calibrate.as_dicts(entries)
 
 
-def running_logits(detector, row):
-    """(T,) logits at every position of an answer's first window, as a stream would see them."""
+def _running(detector, guard, row):
+    """(score of the pair, stream statistic) of one answer, by one pass where one window and one view cover it."""
+    from .stream import stream_statistic
+
     template, cursor = detector.template, detector.open()
+    ids = template.encode(row.answer)
     try:
         cursor.start(template.prefix(template.clip_question(row.question)[0]))
-        return cursor.feed(template.encode(row.answer)[:detector.limits.window])
+        logits = cursor.feed(ids[:detector.limits.window])  # (T,), what a stream would see
     finally:
         cursor.close()
+    is_whole = len(ids) <= detector.limits.window and normalised(row.answer) == row.answer
+    score = 1 / (1 + float(np.exp(-np.float64(logits[-1])))) if is_whole else guard.score(row.question, row.answer)
+    return score, stream_statistic(logits)
