@@ -135,7 +135,11 @@ class _Context:
         options.n_seq_max, options.kv_unified = n_sequences, True
         options.n_threads = options.n_threads_batch = n_threads or cpu_threads()
         options.embeddings, options.pooling_type = embeddings, llama_cpp.LLAMA_POOLING_TYPE_NONE
-        self.weights, self.lock, self.n_ctx = weights, threading.RLock(), n_ctx
+        if embeddings:
+            # Its CPU kernel sums values in float16, in an order that depends on the batch: logits of one text differed by 8e-3
+            # between a stream and the whole, and by 4e-4 without it. It would be 7 % faster.
+            options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.weights, self._lock, self.n_ctx, self.pid = weights, threading.RLock(), n_ctx, os.getpid()
         self.pointer = llama_cpp.llama_init_from_model(weights.pointer, options)
         if not self.pointer:
             raise ModelError(f"load: llama.cpp must get memory for {n_ctx} tokens, got none ({'; '.join(_log_lines)}).")
@@ -149,13 +153,20 @@ class _Context:
             adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self.adapter)
             llama_cpp.llama_set_adapters_lora(self.pointer, adapters, 1, (ctypes.c_float * 1)(1.0))
         self.n_embd = llama_cpp.llama_model_n_embd(weights.pointer)
-        self.pid = os.getpid()
+
+    @property
+    def lock(self):
+        """The lock, in the process that loaded the model.
+
+        Raises:
+            ModelError: in a fork. It has the memory but not the threads, and a lock that was held stays held: it would wait forever.
+        """
+        if self.pid != os.getpid():
+            raise ModelError("decode: model must be loaded in the process that uses it, got a fork. Load it after the fork.")
+        return self._lock
 
     def decode(self, entries):
         """Run (token, position, sequence, wants_output) entries, at most one batch; raises if llama.cpp fails."""
-        if self.pid != os.getpid():
-            # A forked child has the memory but not the threads; decoding would wait for them forever.
-            raise ModelError("decode: model must be loaded in the process that uses it, got a fork. Load it after the fork.")
         batch = self.batch
         batch.n_tokens = len(entries)
         for i, (token, position, sequence, wants_output) in enumerate(entries):
@@ -189,7 +200,7 @@ def _load(path, kind, base, quantisation, n_gpu_layers):
     if metadata.kind != kind:
         raise ModelError(f"load: {path} must be a {kind}, got a {metadata.kind}. Pass the other file.")
     if metadata.merged:
-        return metadata, _Weights.of(path, n_gpu_layers), None, gguf.file_type(path)
+        return metadata, _Weights.of(path, n_gpu_layers), None, metadata.quantisation
     base = Path(base) if base else base_path()
     if not base.exists():
         raise ModelError(f"load: base must exist, got no file at {base}. Check the path.")
@@ -430,6 +441,7 @@ def check_canaries(detector):
     worst = np.abs(scores - [c["score"] for c in canaries]).max()
     harmful = [score for score, c in zip(scores, canaries) if c["label"]]
     harmless = [score for score, c in zip(scores, canaries) if not c["label"]]
-    if not worst <= CANARY_TOLERANCE or not min(harmful) > max(harmless):  # "not <=": NaN fails too
+    separated = harmful and harmless and min(harmful) > max(harmless)
+    if not worst <= CANARY_TOLERANCE or not separated:  # "not <=": NaN fails too
         raise ModelError(f"check_canaries: {detector.path} must score its canaries as at export (within {CANARY_TOLERANCE}) and "
                          f"harmful above harmless, got a difference of {worst:.3f}. Export it again, or use another quantisation.")

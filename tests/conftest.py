@@ -190,7 +190,7 @@ MILD_PAIRS = (  # (question, answer); the tiny model knows nothing of any langua
 )
 
 
-def shake(model, seed=1, scale=0.15):
+def shake(model, seed=1, scale=0.06):
     """Give a fresh model trained-looking weights: LoRA's B starts at zero, which would hide a wrong target or permutation.
 
     Values are rounded to float16, the type that an adapter file stores.
@@ -200,7 +200,9 @@ def shake(model, seed=1, scale=0.15):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in sorted(model.trained().items()):
-            if "lora_B" in name:
+            if "lora_A" in name:  # peft draws it from torch's own generator: another one in each session
+                value.copy_(torch.randn(value.shape, generator=generator) / value.shape[1] ** 0.5)
+            elif "lora_B" in name:
                 value.copy_(torch.randn(value.shape, generator=generator) * scale)
             elif name == "head.weight":
                 value.copy_(torch.randn(value.shape, generator=generator) / D ** 0.5)
