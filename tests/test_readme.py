@@ -49,7 +49,7 @@ def test_tables_are_those_of_the_results():
     from protector.evaluate import table
 
     marked = dict(re.findall(r"<!-- from results/(\w+)\.json -->\n(.*?)\n<!-- end -->", README, re.DOTALL))
-    assert "table" in marked
+    assert "parity" in marked
     for name, text in marked.items():
         assert text.strip() == table.RENDERERS[name](json.loads((ROOT / "results" / f"{name}.json").read_text())).strip(), name
 
