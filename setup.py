@@ -91,7 +91,7 @@ EXTRAS = {
     "serve": ["starlette", "uvicorn", "httpx"],
     "evaluate": ["torch", "transformers>=5", "pillow"],
     "langchain": ["langchain-core"],
-    "test": ["pytest", "hypothesis", "openai", "langchain-core", "fastapi", "sse-starlette", "starlette-context", "pydantic-settings",
+    "test": ["pytest", "hypothesis", "scipy", "openai", "langchain-core", "fastapi", "sse-starlette", "starlette-context", "pydantic-settings",
              # What litellm imports. It can't stand here itself: it asks for an older huggingface-hub than transformers does.
              "tiktoken", "jsonschema", "importlib-metadata", "python-dotenv", "fastuuid", "aiohttp", "tenacity", "h2"],
 }
