@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base import WEIGHTS, base_path
+from ..base import WEIGHTS
 from ..guard import Protector
 from . import metrics, record, report, rows
+from .base_model import BaseModel
 from .detectors import BagOfWords, score_rows, scoring_guard
 from .embed import Embedder
 from .judge import judge_rows, train_offline
@@ -24,10 +25,13 @@ ANSWER_TOKENS = 96  # of the base model's own answers
 class TableConfig:
     """Options of `protector table`."""
 
-    runs: str = field(default="runs/reproduce", metadata={"help": "folder with detector.gguf and detoxifier.gguf of a run; '' for the shipped ones alone"})
-    data: str = field(default="runs/reproduce/data", metadata={"help": "folder with measure.jsonl and judge.jsonl, or with dev_pairs.jsonl.gz"})
+    runs: str = field(default="runs/reproduce", metadata={
+        "help": "folder with detector.gguf and detoxifier.gguf of a run; '' for the shipped ones alone"})
+    data: str = field(default="runs/reproduce/data", metadata={
+        "help": "folder with measure.jsonl and judge.jsonl, or with dev_pairs.jsonl.gz"})
     most: int = field(default=400, metadata={"help": "labelled answers of one source at most"})
-    answers: int = field(default=24, metadata={"help": "answers of the base model, and harmful labelled answers, that are guarded"})
+    answers: int = field(default=24, metadata={
+        "help": "answers of the base model, and harmful labelled answers, that are guarded"})
     results: str = field(default="results", metadata={"help": "folder for table.json"})
 
 
@@ -37,14 +41,16 @@ def run(config):
     Returns:
         dict of kind "table".
     """
-    judge_train, held_out, train = _inputs(Path(config.data))
+    inputs = rows.gather([config.data])
+    judge_train, held_out = judge_rows(inputs.pairs, inputs.judge, inputs.train, inputs.halve)
     by_source = {source: part[:config.most] for source, part in rows.by_source(held_out).items()}
     chosen = [row for part in by_source.values() for row in part]
     judge = train_offline(judge_train, chosen, Embedder())
     harmful = _spread([row for row in chosen if row.label], config.answers)
     harmless = _spread([row for row in chosen if not row.label], config.answers)
     questions = [row.question for row in _spread([row for row in chosen if row.label and row.question], config.answers)]
-    own = list(zip(questions, base_answers(questions)))
+    base = BaseModel()
+    own = [(question, base.generate(question, ANSWER_TOKENS)) for question in questions]  # a real, weakly aligned model
     models = {"shipped": (WEIGHTS / "detector.gguf", WEIGHTS / "detoxifier.gguf", None)}
     if config.runs and (Path(config.runs) / "detector.gguf").exists():
         # A model of a few minutes has no calibration: its threshold is the even one.
@@ -53,35 +59,15 @@ def run(config):
               "rows": {source: len(part) for source, part in by_source.items()}, "rows_sha256": rows.fingerprint(chosen)}
     for name, (detector, detoxifier, threshold) in models.items():
         result["models"][name] = _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, judge)
-    words = BagOfWords(train)
+    words = BagOfWords(inputs.train)
     result["models"]["bag of words"] = _detector_numbers(np.array([words.score(row.answer) for row in chosen]), chosen, 0.5)
     record.write(config.results, "table", result, config)
     print(markdown(result))
     return result
 
 
-def _inputs(folder):
-    """(rows that the judge learns from, rows to measure on, rows that a detector may have seen)."""
-    if (folder / "measure.jsonl").exists():
-        return rows.read(folder / "judge.jsonl"), rows.read(folder / "measure.jsonl"), rows.read(folder / "train.jsonl") + rows.read("own")
-    inputs = rows.gather([folder])
-    return *judge_rows(inputs.pairs, inputs.judge, inputs.train), inputs.train
-
-
 def _spread(items, n):
     return items[::max(len(items) // n, 1)][:n]
-
-
-def base_answers(questions):
-    """The base model's own greedy answers, by llama.cpp: real answers of a real, weakly aligned model."""
-    import llama_cpp
-
-    model = llama_cpp.Llama(str(base_path()), n_ctx=1024, verbose=False)
-    answers = []
-    for question in questions:
-        reply = model.create_chat_completion([{"role": "user", "content": question[:2000]}], max_tokens=ANSWER_TOKENS, temperature=0.0)
-        answers.append(reply["choices"][0]["message"]["content"])
-    return answers
 
 
 def _detector_numbers(scores, chosen, threshold):
@@ -144,8 +130,8 @@ def markdown(result):
     line("harmless answers flagged", lambda m: _share(m["false_positives"]))
     line("harmless answers changed without a flag", lambda m: _share(m["harmless_changed_without_flag"]))
     line("labelled harmful answers: flagged", lambda m: _share(m["labelled"]["flagged"]))
-    line("labelled harmful answers: judged harmful before -> after", lambda m: f"{_share(m['labelled']['before'])} -> {_share(m['labelled']['after'])}")
-    line("base model's own answers: judged harmful before -> after", lambda m: f"{_share(m['base']['before'])} -> {_share(m['base']['after'])}")
+    for title, part in (("labelled harmful answers", "labelled"), ("base model's own answers", "base")):
+        line(f"{title}: judged harmful before -> after", lambda m: f"{_share(m[part]['before'])} -> {_share(m[part]['after'])}")
     line("ms per harmless answer, median", lambda m: f"{m['ms']['median']:.0f}")
     n = next(iter(result["models"].values()))
     sources = ", ".join(f"{source} {count}" for source, count in result["rows"].items())
