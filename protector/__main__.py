@@ -40,11 +40,11 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """A trained folder as GGUF."""
+    """A trained folder as GGUF, or as a Hugging Face checkpoint."""
 
-    model: str = option("runs/detector", "folder that `protector train` wrote")
-    out: str = option("runs/detector.gguf", "file to write")
-    format: str = option("adapter", "adapter (a few MB, runs on the base) or merged (a whole model)")
+    model: str = option("runs/detector", "folder that `protector train` wrote, or an adapter GGUF of the default base")
+    out: str = option("runs/detector.gguf", "file to write; a folder for hf")
+    format: str = option("adapter", "adapter (a few MB, runs on the base), merged (a whole model) or hf (for transformers and vLLM)")
     quantisation: str = option("Q8_0", "of a merged file: F32, F16, Q8_0, Q4_0")
     base: str = option("", "base GGUF; the default base if empty")
     temperature: float = option(1.0, "divide a detector's logits by this; see `protector temperature`")
@@ -256,7 +256,7 @@ def _commands():
         "score": (GuardConfig, run_score, "score answers: adds score"),
         "stream": (GuardConfig, run_stream, "guard one answer from stdin while it comes"),
         "split": (SplitConfig, run_split, "split labelled answers by question"),
-        "export": (ExportConfig, run_export, "write a trained model as GGUF"),
+        "export": (ExportConfig, run_export, "write a trained model as GGUF or for Hugging Face"),
         "temperature": (TemperatureConfig, run_temperature, "fit the temperature of a detector's scores"),
         "calibrate": (CalibrateConfig, run_calibrate, "set the threshold for a false-positive rate"),
         "doctor": (DoctorConfig, run_doctor, "say what is installed and whether it works"),

@@ -1,4 +1,4 @@
-"""From a trained folder to a file that guards: canaries, GGUF, calibration."""
+"""From a trained folder to a file that guards: canaries, GGUF, calibration; and to checkpoints for other servers."""
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +57,11 @@ def fit_temperature(config):
 
 
 def export(model, out, format="adapter", quantisation="Q8_0", base=None, temperature=1.0):
-    """Write a trained folder as GGUF.
+    """Write a trained folder as GGUF, or as a plain Hugging Face checkpoint.
 
     Args:
-        model: folder that train.train wrote. out: file to write.
-        format: "adapter" or "merged".
+        model: folder that train.train wrote, or an adapter GGUF of the default base. out: file to write; a folder for "hf".
+        format: "adapter", "merged" or "hf".
         quantisation: of a merged file. base: base GGUF; the default base if None.
         temperature: logits are divided by it; it goes into the head, so every backend has it.
     Returns:
@@ -69,8 +69,8 @@ def export(model, out, format="adapter", quantisation="Q8_0", base=None, tempera
     """
     from . import models
 
-    if format not in ("adapter", "merged"):
-        raise ValueError(f"export: format must be adapter or merged, got {format}.")
+    if format not in ("adapter", "merged", "hf"):
+        raise ValueError(f"export: format must be adapter, merged or hf, got {format}.")
     trained = models.load(model, device="cpu")
     if not temperature > 0:
         raise ValueError(f"export: temperature must be > 0, got {temperature}. Fit one with `protector temperature`.")
@@ -78,12 +78,40 @@ def export(model, out, format="adapter", quantisation="Q8_0", base=None, tempera
         trained.head.weight.data /= temperature
         trained.head.bias.data /= temperature
     canaries = canaries_of(trained) if trained.config.kind == "detector" else ()
+    if format == "hf":
+        return _export_hf(trained, out)
     if format == "adapter":
         metadata = gguf.export_adapter(trained, out, base, canaries)
     else:
         metadata = gguf.export_merged(trained, out, quantisation, base, canaries)
     return {"out": str(out), "format": format, "kind": metadata.kind, "bytes": Path(out).stat().st_size,
             "model_sha256": metadata.model_sha256, "base_sha256": metadata.base_sha256}
+
+
+def _export_hf(model, out):
+    """Write a sequence classifier with one label (detector) or a causal LM (detoxifier) that plain transformers loads.
+
+    Trap: transformers' sequence classifiers have no bias, so it stands in config.json: score = sigmoid(logit + head_bias).
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    is_detector = model.config.kind == "detector"
+    body = model.backbone if is_detector else model.lm
+    body = body.merge_and_unload() if model.config.rank else body
+    if is_detector:
+        config = body.config
+        config.num_labels, config.id2label, config.label2id = 1, {0: "harmful"}, {"harmful": 0}
+        config.head_bias, config.protector_template = model.head.bias.item(), model.config.template
+        # The last id that isn't this one is pooled. No text of a user's can become it.
+        config.pad_token_id = model.template.end
+        classifier = AutoModelForSequenceClassification.from_config(config)
+        setattr(classifier, classifier.base_model_prefix, body)
+        classifier.score.weight.data = model.head.weight.data
+        body = classifier
+    body.save_pretrained(out)
+    model.tokenizer.hf.save_pretrained(out)
+    files = [path for path in Path(out).iterdir() if path.suffix == ".safetensors"]
+    return {"out": str(out), "format": "hf", "kind": model.config.kind, "bytes": sum(path.stat().st_size for path in files)}
 
 
 def harmless_answers(paths, most):

@@ -1,0 +1,66 @@
+"""Checkpoints for other servers: what plain transformers makes of them."""
+import numpy as np
+import pytest
+import torch
+from conftest import MILD_PAIRS, canaries_of, sequences_of
+
+from protector import export
+
+# The same float32 products in another order (W + BA in place of W, then BA): 64 terms of 2^-24 each, through 4 blocks.
+ROUNDING = 1e-4
+
+
+@pytest.fixture
+def fit(monkeypatch, torch_detector):
+    """Canaries that the tiny random detector passes."""
+    monkeypatch.setattr(export, "CANARIES", [(c["question"], c["answer"], c["label"]) for c in canaries_of(torch_detector)])
+
+
+def test_hf_detector_scores_the_same_in_plain_transformers(fit, torch_detector, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch_detector.save(tmp_path / "trained")
+    written = export.export(tmp_path / "trained", tmp_path / "hf", format="hf")
+    assert written["kind"] == "detector" and written["bytes"] > 49152 * 64 * 4
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    assert model.config.num_labels == 1 and not any("lora" in name for name in model.state_dict())
+    sequences = sequences_of(torch_detector, MILD_PAIRS)
+    expected = torch_detector.logits(sequences)
+    alone = [model(torch.tensor([ids])).logits.item() + model.config.head_bias for ids in sequences]
+    assert np.abs(np.array(alone) - expected).max() < ROUNDING
+    # In a padded batch the pooled position is still the answer's last token.
+    longest = max(map(len, sequences))
+    ids = torch.tensor([ids + [model.config.pad_token_id] * (longest - len(ids)) for ids in sequences])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences])
+    together = model(ids, attention_mask=mask).logits[:, 0].detach().numpy() + model.config.head_bias
+    assert np.abs(together - expected).max() < ROUNDING
+    # Planted fault: the bias that config.json carries is needed.
+    assert np.abs(together - model.config.head_bias - expected).max() > 0.2
+    text = MILD_PAIRS[0][1]
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").encode(text, add_special_tokens=False) == torch_detector.template.encode(text)
+
+
+def test_hf_temperature_is_in_the_head(fit, torch_detector, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    torch_detector.save(tmp_path / "trained")
+    export.export(tmp_path / "trained", tmp_path / "hf", format="hf", temperature=2.0)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    assert torch.allclose(model.score.weight, torch_detector.head.weight / 2)
+    assert model.config.head_bias == pytest.approx(torch_detector.head.bias.item() / 2)
+
+
+def test_hf_detoxifier_is_a_causal_lm_that_writes_the_same(torch_detoxifier, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    torch_detoxifier.save(tmp_path / "trained")
+    assert export.export(tmp_path / "trained", tmp_path / "hf", format="hf")["kind"] == "detoxifier"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ids = torch.tensor([torch_detoxifier.template.detoxifier_prompt([900, 901], [902, 903, 904])])
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, torch_detoxifier.lm(ids).logits, atol=20 * ROUNDING)  # logits of up to 20
+
+
+def test_unknown_format_names_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"^export: format must be adapter, merged or hf, got onnx\."):
+        export.export(tmp_path, tmp_path / "out", format="onnx")
