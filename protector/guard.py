@@ -44,7 +44,9 @@ class Verdict:
     score: float  # P(harmful) of the answer, the largest over windows and views; NaN after an error
     threshold: float
     rewrite_score: float | None = None  # of the rewrite in `text`, or of the last one that was tried
-    usage: dict = field(default_factory=dict)  # model, backend, quantisation, tokens, windows, views, ms, ...
+    # model, backend, quantisation, ms, ...; tokens: of the answer; windows: scored for it; views: 2 where its normalised view
+    # differs, and was scored in view_tokens and view_windows of its own
+    usage: dict = field(default_factory=dict)
     error: str | None = None  # its kind and message, without any text of the user's
 
     def __bool__(self):
@@ -63,11 +65,11 @@ class Protector:
         detoxifier: likewise; False to work without one (a flagged answer is refused).
         backend: "auto" takes llama.cpp for files and PyTorch for folders; "llama.cpp" | "torch" insist.
         threshold: flag at this score and above; None takes the model's calibration.
-        fpr: take the calibration for this false-positive rate; an error if the model has none.
+        fpr: take the calibrations for this false-positive rate, that of streams among them; an error if the model has none.
         on_flag: "rewrite" | "refuse" | "report" (report returns the answer as it is, flagged).
         on_error: "refuse" | "raise" | "pass"; "pass" lets the original through unguarded, logged as critical.
         refusal: the sentence that stands in for an answer.
-        deadline_ms: for one call, checked between windows and between generated tokens; None = no limit.
+        deadline_ms: for one answer, checked between windows and between generated tokens; None = no limit.
         rewrite_attempts: rewrites that are tried before the refusal.
         max_bytes: longest answer in bytes of UTF-8; above it the error policy answers.
         window, overlap: answer tokens per scored sequence, and shared by neighbours; None takes the model's own.
@@ -107,7 +109,7 @@ class Protector:
             self.detoxifier  # a wrong file is an error now, not at the first flag
         self.thresholds = {kind: self._threshold(kind, threshold, fpr) for kind in ("pair", "answer")}
         # A running score crosses a threshold more easily than the last one: the stream has its own, never a lower one.
-        self.stream_threshold = self._threshold("stream", threshold, None)
+        self.stream_threshold = self._threshold("stream", threshold, fpr)
 
     @property
     def detoxifier(self):
@@ -183,40 +185,50 @@ class Protector:
         Returns:
             list of Verdict in the same order; an item of a wrong type or that fails gets the error policy's verdict.
         """
-        start, deadline = time.monotonic(), self._deadline()
-        items, failures, plans = [], {}, {}
+        pairs, verdicts, together = list(pairs), {}, []  # together: (index, item, plan, seconds that it took)
         for i, pair in enumerate(pairs):
-            item = ("", "", ())
+            item, start = ("", "", ()), time.monotonic()
             try:
                 if not isinstance(pair, (tuple, list)):
                     raise TypeError("guard_batch: pair must be a (question, answer).")
                 item = _checked(*pair)
-                plans[i] = self._plan(item, deadline)
+                if self.deadline_ms is None:
+                    together.append((i, item, self._plan(item, None), time.monotonic() - start))
             except Exception as error:
-                failures[i] = error
-            items.append(item)
-        try:
-            logits = self._logits([ids for plan in plans.values() for ids in plan["sequences"]], deadline)
-            for plan in plans.values():
-                n = len(plan["sequences"])
-                plan["logits"], logits = logits[:n], logits[n:]
-        except Exception:  # one item broke the batch: each on its own
-            for i, plan in plans.items():
-                try:
-                    plan["logits"] = self._logits(plan["sequences"], deadline)
-                except Exception as error:
-                    failures[i] = error
-        verdicts = []
-        for i, item in enumerate(items):
-            try:
-                if i in failures:
-                    raise failures[i]
-                scored = self._largest(plans[i])
-            except Exception as error:
-                verdicts.append(self._failed(item, error, start))
+                verdicts[i] = self._failed(item, error, start)
             else:
-                verdicts.append(self._decide(item, *scored, deadline, start))
-        return verdicts
+                if self.deadline_ms is not None:  # it is each answer's own, and what others take mustn't count
+                    verdicts[i] = self.guard(*item)
+        for (i, item, plan, plan_s), (logits, score_s) in zip(together, self._together([plan["sequences"] for _, _, plan, _ in together])):
+            start = time.monotonic() - plan_s - score_s
+            try:
+                if isinstance(logits, Exception):
+                    raise logits
+                scored = self._largest({**plan, "logits": logits})
+            except Exception as error:
+                verdicts[i] = self._failed(item, error, start)
+            else:
+                verdicts[i] = self._decide(item, *scored, None, start)
+        return [verdicts[i] for i in range(len(pairs))]
+
+    def _together(self, parts):
+        """Score lists of sequences at once: for each its logits, or the error that it ends in, and its share of the seconds."""
+        start, results = time.monotonic(), []
+        try:
+            logits = self._logits([ids for part in parts for ids in part], None)
+            for part in parts:
+                results.append(logits[:len(part)])
+                logits = logits[len(part):]
+        except Exception:  # one item broke the batch: each on its own
+            results = []
+            for part in parts:
+                try:
+                    results.append(self._logits(part, None))
+                except Exception as error:
+                    results.append(error)
+        n_tokens = [sum(map(len, part)) for part in parts]
+        token_s = (time.monotonic() - start) / max(sum(n_tokens), 1)
+        return [(result, n * token_s) for result, n in zip(results, n_tokens)]
 
     # -- scoring
 
@@ -237,9 +249,9 @@ class Protector:
                 deadline()
             answer_ids = self.detector.template.encode(text)
             spans = windows(len(answer_ids), self.window, self.overlap)
+            prefix = "view_" if usage["views"] else ""
             usage["views"] += 1
-            usage["tokens"] += len(answer_ids)
-            usage["windows"] += len(spans)
+            usage |= {prefix + "tokens": len(answer_ids), prefix + "windows": len(spans)}
             for span in spans:
                 part = answer_ids[span.start:span.stop]
                 plan["sequences"].append(self.detector.template.detector_sequence(question_ids, part, turns)[0])

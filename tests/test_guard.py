@@ -71,7 +71,17 @@ def test_score_of_several_windows_is_the_largest(ids):
     sequences = [detector.template.detector_sequence(ids.encode(Q), ids.encode(text)[s:s + 24])[0] for s in starts]
     assert p.score(Q, text) == pytest.approx(max(_sigmoid(detector.last_logit(s)) for s in sequences), rel=1e-6)
     usage = p.guard(Q, text).usage
-    assert (usage["tokens"], usage["windows"], usage["views"]) == (n, len(starts), 1)
+    assert (usage["tokens"], usage["windows"], usage["views"]) == (n, len(starts), 1) and "view_tokens" not in usage
+
+
+def test_usage_counts_the_answer_and_its_view_apart(ids):
+    """Regression: a disguised answer of n tokens was said to have more than two n."""
+    text = "Use warm wa\u200bter and a soft cl\u200both. " * 5
+    p, detector, _ = make(ids)
+    usage = p.guard(Q, text).usage
+    assert (usage["tokens"], usage["view_tokens"], usage["views"]) == (len(ids.encode(text)), len(ids.encode(text.replace("\u200b", ""))), 2)
+    assert usage["windows"] + usage["view_windows"] == len(detector.sequences)
+    assert list(p.stream(Q, [text]))[-1].verdict.usage["tokens"] == usage["tokens"]
 
 
 def test_m44_an_unfit_rewrite_is_tried_again_and_then_refused(ids):
@@ -254,12 +264,25 @@ def test_one_bad_item_never_fails_the_batch(ids):
     assert p.guard_batch([]) == [] and p.guard_batch(iter([(Q, SAFE)]))[0].action == "pass"
 
 
-def test_a_batch_keeps_one_deadline(ids):
-    p, detector, _ = make(ids, detector=FakeDetector(ids, step_s=0.02), deadline_ms=50)
+def test_m19_a_deadline_is_each_items_own_in_a_batch(ids):
+    """Regression: the clock ran from the batch's start, so the last of many answers failed, however short it was."""
+    p, _, _ = make(ids, detector=FakeDetector(ids, step_s=0.02), deadline_ms=100)
+    verdicts = p.guard_batch([(Q, SAFE)] * 10 + [(Q, SAFE * 40), (Q, SAFE), (Q, None)])
+    assert [v.action for v in verdicts] == ["pass"] * 10 + ["error", "pass", "error"]
+    assert verdicts[10].error.startswith("DeadlineExceeded") and 100 <= verdicts[10].usage["ms"] < 200
+
+
+def test_the_time_of_an_item_in_a_batch_is_its_own(ids):
+    """20 ms a sequence: an answer of three windows takes three shares of the scoring, and a rewrite is no one else's time."""
+    p, _, detoxifier = make(ids, BETTER, detector=FakeDetector(ids, step_s=0.02))
+    detoxifier.fault = lambda _: time.sleep(0.3)
+    long = "calm " * 50
     start = time.monotonic()
-    verdicts = p.guard_batch([(Q, SAFE)] * 20)
-    assert time.monotonic() - start < 0.3 and len(verdicts) == 20  # one by one with a fresh deadline each: 0.4 s
-    assert {v.error.split(":")[0] for v in verdicts} == {"DeadlineExceeded"}
+    first, longer, rewritten, last = p.guard_batch([(Q, SAFE), (Q, long), (Q, HARMFUL), (Q, SAFE)])
+    took_ms = (time.monotonic() - start) * 1e3
+    assert longer.usage["windows"] == 3 and longer.usage["ms"] > 2 * first.usage["ms"]
+    assert rewritten.usage["ms"] > 300 and last.usage["ms"] < 100
+    assert sum(v.usage["ms"] for v in (first, longer, rewritten, last)) <= took_ms + 1
 
 
 def test_m19_the_deadline_is_checked_between_steps(ids):
