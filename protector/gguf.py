@@ -230,11 +230,11 @@ def _quantise(source, target, quantisation):
     """llama.cpp's own quantiser; a source that is quantised already is allowed (the base ships as Q4_1)."""
     import llama_cpp
 
-    from .llama import quiet
+    from .llama import cpu_threads, quiet
 
     quiet()
     options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.allow_requantize, options.nthread = FILE_TYPES[quantisation], True, len(os.sched_getaffinity(0))
+    options.ftype, options.allow_requantize, options.nthread = FILE_TYPES[quantisation], True, cpu_threads()
     with _whole_file(target) as partial:
         if llama_cpp.llama_model_quantize(str(source).encode(), partial.encode(), ctypes.byref(options)) != 0:
             raise ModelError(f"export: llama.cpp must quantise {source} to {quantisation}, got an error. Free disk space, or "
@@ -249,13 +249,15 @@ def _block_count(reader, path):
         raise ModelError(f"runnable_base: {path} must be a model with a number of blocks, got none. Pass a base model.") from None
 
 
-def runnable_base(base, depth, quantisation):
-    """The base file that a model runs on: the base itself, or its first `depth` blocks in another quantisation, cached.
+def runnable_base(base, depth, quantisation, adapter=None):
+    """The file that a model runs on: the base itself, or its first `depth` blocks in another quantisation, cached.
 
     Args:
         base: path of the base GGUF.
         depth: blocks to keep.
         quantisation: one of FILE_TYPES, or "base" to copy tensors as they are.
+        adapter: adapter GGUF to merge into the copy, or None; not with "base". llama.cpp then has no low-rank products to
+            add at each step, and nothing is rounded twice.
     Returns:
         Path
     Raises:
@@ -263,7 +265,8 @@ def runnable_base(base, depth, quantisation):
     """
     if quantisation != AS_BASE and quantisation not in FILE_TYPES:
         raise ValueError(f"runnable_base: quantisation must be one of {', '.join(FILE_TYPES)} or {AS_BASE}, got {quantisation}.")
-    target = cache_dir() / f"base-{file_sha256(base)[:16]}-{depth}-{quantisation}.gguf"
+    origin = f"merged-{read_metadata(adapter).model_sha256[:16]}" if adapter else "base"
+    target = cache_dir() / f"{origin}-{file_sha256(base)[:16]}-{depth}-{quantisation}.gguf"
     if target.exists():
         return target
     reader = _reader(base)
@@ -278,9 +281,32 @@ def runnable_base(base, depth, quantisation):
         return target
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
         cut = Path(folder) / "cut.gguf"
-        _copy_model(reader, cut, depth)
+        _copy_model(reader, cut, depth, adapter and _merge(reader, *_adapter_tensors(_reader(adapter))))
         _quantise(cut, target, quantisation)
     return target
+
+
+def _adapter_tensors(reader):
+    """({GGUF name: (A (r, in), B (out, r))} float32, alpha) of an adapter file."""
+    tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
+    names = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
+    return ({name: (tensors[name + ".lora_a"], tensors[name + ".lora_b"]) for name in names},
+            float(reader.fields["adapter.lora.alpha"].contents()))
+
+
+def _merge(reader, halves, alpha):
+    """{GGUF name: W + alpha/r B A} float32 of a base file and {GGUF name: (A (r, in), B (out, r))}."""
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    merged = {}
+    for name, (a, b) in halves.items():
+        if name not in tensors or tensors[name].data.shape[0] != len(b):
+            raise ModelError(f"load: base must have a tensor {name} of {len(b)} rows for the adapter, got none. Use the base that it was trained on.")
+        merged[name] = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type) + np.float32(alpha / len(a)) * (b @ a)
+        if not np.isfinite(merged[name]).all():
+            raise ModelError(f"load: adapter must have finite weights, got NaN or infinity in {name}. Copy or export it again.")
+    return merged
 
 
 def _file_type(reader):
@@ -313,7 +339,7 @@ def read_adapter(path, n_heads, n_kv_heads):
     import gguf
 
     reader = _reader(path)
-    tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
+    tensors, alpha = _adapter_tensors(reader)
     depth = int(reader.fields[_PREFIX + "depth"].contents())
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, depth)
     halves = {}
@@ -322,12 +348,12 @@ def read_adapter(path, n_heads, n_kv_heads):
                        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
             module = f"layers.{block}.{module}"
             name = names.get_name("model." + module) + ".weight"
-            if name + ".lora_a" in tensors:
-                b = tensors[name + ".lora_b"]
+            if name in tensors:
+                a, b = tensors[name]
                 if module.endswith(("q_proj", "k_proj")):
                     b = _hf_order(b, n_heads if module.endswith("q_proj") else n_kv_heads)
-                halves[module] = (tensors[name + ".lora_a"], b)
-    return halves, float(reader.fields["adapter.lora.alpha"].contents())
+                halves[module] = (a, b)
+    return halves, alpha
 
 
 def _lora_tensors(model):
@@ -404,20 +430,11 @@ def export_merged(model, path, quantisation="Q8_0", base=None, canaries=()):
     Returns:
         Metadata
     """
-    import gguf
-
     base = base or base_path()
     if quantisation not in FILE_TYPES:
         raise ValueError(f"export_merged: quantisation must be one of {', '.join(FILE_TYPES)}, got {quantisation}.")
     reader = _reader(base)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if model.config.rank:
-        scale, merged = model.config.alpha / model.config.rank, {}
-        for name, (a, b) in _lora_tensors(model).items():
-            weight = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
-            merged[name] = weight + np.float32(scale) * (b @ a)  # W + alpha/r B A
-    else:
-        merged = _full_tensors(model)
+    merged = _merge(reader, _lora_tensors(model), model.config.alpha) if model.config.rank else _full_tensors(model)
     metadata = _metadata_of(model, base, canaries)
     metadata = replace(metadata, model_sha256=model_sha256(metadata, merged), merged=True, quantisation=quantisation)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -207,8 +207,9 @@ def _load(path, kind, base, quantisation, n_gpu_layers):
     if file_sha256(base) != metadata.base_sha256:
         raise ModelError(f"load: base must be the file that {path} was trained on (sha256 {metadata.base_sha256[:16]}...), "
                          f"got sha256 {file_sha256(base)[:16]}... at {base}. Pass base=... with the right file.")
-    runnable = gguf.runnable_base(base, metadata.depth, quantisation)
-    return metadata, _Weights.of(runnable, n_gpu_layers), path, quantisation
+    if kind == "detector" and quantisation != gguf.AS_BASE:  # it has its own copy of the blocks anyway: with the adapter in it
+        return metadata, _Weights.of(gguf.runnable_base(base, metadata.depth, quantisation, path), n_gpu_layers), None, quantisation
+    return metadata, _Weights.of(gguf.runnable_base(base, metadata.depth, quantisation), n_gpu_layers), path, quantisation
 
 
 class LlamaDetector:
