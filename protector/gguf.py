@@ -36,6 +36,7 @@ from .template import TEMPLATE_ID, Limits
 FORMAT_VERSION = 1
 AS_BASE = "base"  # the quantisation that the base file has
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers (enum llama_ftype)
+MAX_ENTRIES, MAX_TENSORS = 2_000_000, 20_000  # of all arrays of a file, most of them a vocabulary's; of a model's tensors
 _PREFIX = "protector."
 
 
@@ -61,7 +62,32 @@ def _reader(path):
     """GGUFReader of a file that is checked to be one."""
     import gguf
 
+    array = int(gguf.GGUFValueType.ARRAY)
+
     class Reader(gguf.GGUFReader):
+        # Traps: beyond the file's end the package goes on reading nothing, for as long as the file says, and it makes an object of
+        # each entry of an array. Comparing NumPy's integers with an enum's takes longer than all the rest.
+        n_entries = 0
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            dtype = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
+            stop = offset + dtype.itemsize * int(count)
+            if stop > len(self._data):
+                raise EOFError
+            return self._data[offset:stop].view(dtype)
+
+        def _get_field_parts(self, orig_offs, raw_type):
+            if int(raw_type) == array:
+                self.n_entries += int(self._get(orig_offs + 4, np.uint64)[0])
+                if self.n_entries > MAX_ENTRIES:
+                    raise ValueError
+            return super()._get_field_parts(orig_offs, raw_type)
+
+        def _build_tensor_info(self, offs, count):
+            if count > MAX_TENSORS:
+                raise ValueError
+            return super()._build_tensor_info(offs, count)
+
         # A slice of np.memmap costs three times a plain array's, and a vocabulary is 200,000 of them: 2.7 s become 1.0 s.
         @property
         def data(self):
@@ -131,6 +157,8 @@ def read_metadata(path):
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"read_metadata: {path} must have readable limits, canaries and calibration. Export it again.") from None
     merged = not any(tensor.name.endswith((".lora_a", ".lora_b")) for tensor in reader.tensors)
+    if not merged:
+        _check_adapter(reader, path)
     metadata = Metadata(kind, value("depth", int), value("base_sha256", str), value("model_sha256", str), limits, template,
                         weight, bias, canaries, tuple(calibration), merged, _file_type(reader) if merged else "")
     digest = model_sha256(metadata, {t.name: t.data for t in reader.tensors} if not metadata.merged else {})
@@ -138,6 +166,28 @@ def read_metadata(path):
         raise ModelError(f"read_metadata: {path} must have the contents that its protector.model_sha256 names, got others. "
                          "Copy or export it again.")
     return metadata
+
+
+def _check_adapter(reader, path):
+    """An adapter is what `export_adapter` writes and nothing else: llama.cpp ends the process at a key of another type.
+
+    Raises:
+        ModelError: another key, type or shape.
+    """
+    import gguf
+
+    kinds = {"general.architecture": str, "general.type": str, "adapter.type": str, "adapter.lora.alpha": float}
+    keys = {name: field for name, field in reader.fields.items() if not name.startswith(("GGUF.", _PREFIX))}
+    ranks = {}
+    for tensor in reader.tensors:
+        name, _, half = tensor.name.rpartition(".lora_")
+        is_matrix = half in ("a", "b") and tensor.data.ndim == 2 and tensor.tensor_type in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+        ranks.setdefault(name, {})[half] = tensor.data.shape["ab".index(half)] if is_matrix else None
+    sound = (keys.keys() == kinds.keys() and all(isinstance(keys[name].contents(), kind) for name, kind in kinds.items())
+             and np.isfinite(keys["adapter.lora.alpha"].contents())
+             and all(rank.get("a") and rank.get("a") == rank.get("b") for rank in ranks.values()))
+    if not sound:
+        raise ModelError(f"read_metadata: {path} must have an adapter's keys and pairs of matrices, got others. Export it again.")
 
 
 def model_sha256(metadata, tensors):
@@ -301,8 +351,8 @@ def _merge(reader, halves, alpha):
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     merged = {}
     for name, (a, b) in halves.items():
-        if name not in tensors or tensors[name].data.shape[0] != len(b):
-            raise ModelError(f"load: base must have a tensor {name} of {len(b)} rows for the adapter, got none. Use the base that it was trained on.")
+        if name not in tensors or tuple(tensors[name].shape) != (a.shape[1], len(b)):
+            raise ModelError(f"load: base must have a tensor {name} of {len(b)} x {a.shape[1]} for the adapter, got none. Use the base that it was trained on.")
         merged[name] = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type) + np.float32(alpha / len(a)) * (b @ a)
         if not np.isfinite(merged[name]).all():
             raise ModelError(f"load: adapter must have finite weights, got NaN or infinity in {name}. Copy or export it again.")
@@ -470,10 +520,15 @@ def add_calibration(path, entries):
     Args:
         path: a detector's GGUF file.
         entries: calibrate.Calibration as dicts.
+    Raises:
+        ModelError: it isn't a detector's: a detoxifier has no threshold.
     """
     import gguf
 
-    metadata = replace(read_metadata(path), calibration=tuple(entries))
+    metadata = read_metadata(path)
+    if metadata.kind != "detector":
+        raise ModelError(f"add_calibration: {path} must be a detector, got a {metadata.kind}. Pass the other file.")
+    metadata = replace(metadata, calibration=tuple(entries))
     reader = _reader(path)
     writer = gguf.GGUFWriter(None, reader.fields["general.architecture"].contents())
     _copy_fields(reader, writer, set())

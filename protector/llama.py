@@ -5,10 +5,13 @@ Traps that shaped this file:
 - llama.cpp returns hidden states after the final norm, as Hugging Face does; a second norm would be a bug.
 - llama-architecture files can't carry a one-output head; the head is in the metadata and applied by head.harm_score.
 - Two busy threads and a third process collapse its spinning barriers: a backend is one context behind one lock.
+- It trusts its files: a key of another type or an odd size ends the whole process. An unknown model is tried out in another one.
 """
 import ctypes
 import logging
 import os
+import subprocess
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -17,7 +20,7 @@ import llama_cpp
 import numpy as np
 
 from . import gguf
-from .base import base_path, file_sha256
+from .base import SHA256, base_path, cache_dir, file_sha256
 from .errors import DeadlineExceeded, ModelError
 from .head import harm_score
 from .template import MAX_HISTORY_TOKENS, Template
@@ -28,6 +31,28 @@ _BATCH_TOKENS = 512  # tokens of one llama_decode
 _SEQUENCES = 16  # sequences that one decode may hold
 _STREAMS = 8  # streams of the greatest length that the cache has room for
 _PLACES = 64  # streams that it may hold at one time while they are shorter
+_TRIAL_S = 600  # longest trial of a model file
+_TRIAL = """
+import os, sys
+if os.name == "posix":
+    import resource
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+import llama_cpp
+llama_cpp.llama_backend_init()
+options = llama_cpp.llama_model_default_params()
+options.n_gpu_layers = 0
+model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), options)
+if not model:
+    sys.exit(3)
+options = llama_cpp.llama_context_default_params()
+options.n_ctx = options.n_batch = 64
+context = llama_cpp.llama_init_from_model(model, options)
+if not context:
+    sys.exit(4)
+text, ids = "Two caf\u00e9s, 3 \u6f22\u5b57 \U0001f600 <|im_end|>".encode(), (llama_cpp.llama_token * 64)()
+n = llama_cpp.llama_tokenize(llama_cpp.llama_model_get_vocab(model), text, len(text), ids, 64, False, True)
+sys.exit(5 if n <= 0 or llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, n)) else 0)
+"""
 _log_lines = []  # llama.cpp's last complaints, for an error message
 
 
@@ -55,6 +80,27 @@ def quiet():
 def cpu_threads():
     """Threads for llama.cpp: the cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def try_out(path):
+    """Load and run a model in a process of its own, once for each file: a malformed one ends that process and not this one.
+
+    Raises:
+        ModelError: it ended badly, or not in time.
+    """
+    mark = cache_dir() / f"loads-{file_sha256(path)[:32]}-{llama_cpp.__version__}"
+    if mark.exists():
+        return
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "GGML_NO_BACKTRACE": "1"}
+    try:
+        status = subprocess.run([sys.executable, "-c", _TRIAL, str(path)], env=environment, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=_TRIAL_S).returncode
+    except (OSError, subprocess.TimeoutExpired) as error:
+        status = type(error).__name__
+    if status != 0:
+        raise ModelError(f"load: {path} must be a model that llama.cpp loads, got the end of a trial process ({status}). "
+                         "Copy or export it again.")
+    mark.touch()
 
 
 class _Weights:
@@ -200,6 +246,7 @@ def _load(path, kind, base, quantisation, n_gpu_layers):
     if metadata.kind != kind:
         raise ModelError(f"load: {path} must be a {kind}, got a {metadata.kind}. Pass the other file.")
     if metadata.merged:
+        try_out(path)
         return metadata, _Weights.of(path, n_gpu_layers), None, metadata.quantisation
     base = Path(base) if base else base_path()
     if not base.exists():
@@ -207,6 +254,8 @@ def _load(path, kind, base, quantisation, n_gpu_layers):
     if file_sha256(base) != metadata.base_sha256:
         raise ModelError(f"load: base must be the file that {path} was trained on (sha256 {metadata.base_sha256[:16]}...), "
                          f"got sha256 {file_sha256(base)[:16]}... at {base}. Pass base=... with the right file.")
+    if metadata.base_sha256 != SHA256:
+        try_out(base)
     if kind == "detector" and quantisation != gguf.AS_BASE:  # it has its own copy of the blocks anyway: with the adapter in it
         return metadata, _Weights.of(gguf.runnable_base(base, metadata.depth, quantisation, path), n_gpu_layers), None, quantisation
     return metadata, _Weights.of(gguf.runnable_base(base, metadata.depth, quantisation), n_gpu_layers), path, quantisation

@@ -1,6 +1,8 @@
 """Files: what stands in them, read by other code than what wrote it, and every way in which they can be wrong."""
 import json
 import random
+import struct
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -251,6 +253,16 @@ def test_calibration_is_added_and_nothing_else_changes(detector_gguf, tmp_path):
     assert path.read_bytes() == detector_gguf.read_bytes() and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_detoxifier_has_no_calibration(detoxifier_gguf, tmp_path):
+    """Regression: the file was written anew without it, and nothing said so."""
+    path = tmp_path / "detoxifier.gguf"
+    path.write_bytes(detoxifier_gguf.read_bytes())
+    with pytest.raises(ModelError) as error:
+        add_calibration(path, [asdict(ENTRY)])
+    assert str(error.value) == f"add_calibration: {path} must be a detector, got a detoxifier. Pass the other file."
+    assert path.read_bytes() == detoxifier_gguf.read_bytes()
+
+
 # -- wrong files: an error that says what to do, never a number
 
 HEAD = "must have a finite head that isn't zero. Export it again."
@@ -275,7 +287,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("fields, message", WRONG)
-def test_wrong_keys(detector_gguf, tmp_path, fields, message):
+def test_m50_wrong_keys(detector_gguf, tmp_path, fields, message):
     path = rewrite(detector_gguf, tmp_path / "wrong.gguf", fields)
     with pytest.raises(ModelError) as error:
         read_metadata(path)
@@ -285,7 +297,7 @@ def test_wrong_keys(detector_gguf, tmp_path, fields, message):
 CONTENTS = "must have the contents that its protector.model_sha256 names, got others. Copy or export it again."
 
 
-def test_changed_contents(detector_gguf, tmp_path):
+def test_m50_m54_changed_contents(detector_gguf, tmp_path):
     # Digest left as it was: a bit of a tensor, the sign of the head, the limits, the depth, the base.
     head = read_metadata(detector_gguf).head_weight
     name = "blk.0.attn_q.weight.lora_b"
@@ -304,7 +316,7 @@ def test_changed_contents(detector_gguf, tmp_path):
 
 @pytest.mark.parametrize("key", ["format_version", "kind", "template", "limits", "depth", "base_sha256", "model_sha256", "pooling",
                                  "head.weight", "head.bias"])
-def test_a_missing_key(detector_gguf, tmp_path, key):
+def test_m50_a_missing_key(detector_gguf, tmp_path, key):
     path = rewrite(detector_gguf, tmp_path / "wrong.gguf", drop={f"protector.{key}"})
     with pytest.raises(ModelError) as error:
         read_metadata(path)
@@ -312,7 +324,7 @@ def test_a_missing_key(detector_gguf, tmp_path, key):
                                 "`protector export` wrote.")
 
 
-def test_files_that_are_none(tiny, tmp_path):
+def test_m50_files_that_are_none(tiny, tmp_path):
     with pytest.raises(ModelError) as error:
         read_metadata(tmp_path / "none.gguf")
     assert str(error.value) == f"read_metadata: {tmp_path / 'none.gguf'} must exist, got no file. Check the path."
@@ -327,7 +339,7 @@ def test_files_that_are_none(tiny, tmp_path):
         read_metadata(tmp_path)
 
 
-def test_a_cut_file_never_loads(detector_gguf, tmp_path):
+def test_m50_a_cut_file_never_loads(detector_gguf, tmp_path):
     whole, path = detector_gguf.read_bytes(), tmp_path / "cut.gguf"
     rng = random.Random(3)
     for size in sorted({rng.randrange(len(whole)) for _ in range(40)} | {len(whole) - 1, len(whole) - 64, len(whole) // 2}):
@@ -336,7 +348,7 @@ def test_a_cut_file_never_loads(detector_gguf, tmp_path):
             read_metadata(path)
 
 
-def test_a_flipped_byte_is_an_error_or_changes_nothing(detector_gguf, tmp_path):
+def test_m55_a_flipped_byte_is_an_error_or_changes_nothing(detector_gguf, tmp_path):
     # Keys that no score depends on (names of the file, canaries, calibration, padding) may change; all else is noticed.
     whole, path, rng = detector_gguf.read_bytes(), tmp_path / "flipped.gguf", random.Random(4)
     expected, survived = read_metadata(detector_gguf), 0
@@ -353,3 +365,36 @@ def test_a_flipped_byte_is_an_error_or_changes_nothing(detector_gguf, tmp_path):
             expected.kind, expected.depth, expected.limits, expected.head_bias, expected.model_sha256)
         assert np.array_equal(metadata.head_weight, expected.head_weight)
     assert survived < 80
+
+
+@pytest.mark.parametrize("value", [2**60, 2**63 - 1, 2**31, 3_000_000])
+@pytest.mark.parametrize("place", ["tensors", "keys", "length of a key", "length of an array", "length of a string"])
+def test_m55_a_file_that_claims_more_than_it_holds_is_an_error_at_once(detector_gguf, tmp_path, place, value):
+    """Regression: an array of 2^60 entries was read past the file's end until memory ran out."""
+    content, path = bytearray(detector_gguf.read_bytes()), tmp_path / "long.gguf"
+    array = content.index(b"protector.head.weight") + len("protector.head.weight") + 8  # behind the types of value and entries
+    string = content.index(b"protector.limits") + len("protector.limits") + 4
+    at = {"tensors": 8, "keys": 16, "length of a key": 24, "length of an array": array, "length of a string": string}[place]
+    struct.pack_into("<Q", content, at, value)
+    path.write_bytes(content + bytes(-len(content) % 8))
+    start = time.process_time()
+    with pytest.raises(ModelError, match=rf"^read_metadata: {path} must be a whole GGUF file, got \w+\."):
+        read_metadata(path)
+    assert time.process_time() - start < 2
+
+
+ADAPTER = "must have an adapter's keys and pairs of matrices, got others. Export it again."
+A = "blk.0.attn_q.weight.lora_a"
+
+
+@pytest.mark.parametrize("change", [
+    {"fields": {"adapter.lora.alpha": "8"}}, {"fields": {"adapter.lora.alpha": float("nan")}}, {"fields": {"adapter.lora.alpha": float("inf")}},
+    {"fields": {"adapter.type": ["lora"]}}, {"fields": {"general.type": ["adapter"]}}, {"drop": {"adapter.lora.alpha"}}, {"drop": {"general.type"}},
+    {"tensors": {A: np.zeros((3, D), np.float16)}}, {"tensors": {A: np.zeros((0, D), np.float16)}}, {"tensors": {A: np.zeros(D, np.float16)}},
+    {"tensors": {A: np.zeros((4, D), np.int8)}}, {"tensors": {A: np.zeros((1, 4, D), np.float32)}}])
+def test_m55_an_adapter_has_its_keys_and_pairs_and_nothing_else(detector_gguf, tmp_path, change):
+    """llama.cpp ends the process where a key of an adapter has another type."""
+    path = rewrite(detector_gguf, tmp_path / "odd.gguf", change.get("fields", ()), change.get("drop", ()), change.get("tensors", ()))
+    with pytest.raises(ModelError) as error:
+        read_metadata(path)
+    assert ADAPTER in str(error.value) or "must be a whole GGUF file" in str(error.value)

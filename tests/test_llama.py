@@ -1,6 +1,7 @@
 """llama.cpp against PyTorch: one score, one rewrite, whatever the batch, the stream or the thread; and files that must not load."""
 import multiprocessing
 import random
+import re
 import threading
 
 import numpy as np
@@ -43,7 +44,7 @@ def detoxifier(detoxifier_gguf, tiny):
 # Weights of the base in float16: 2^-11 in each of 64 products, some 1e-3. Q8_0: half a step of 1/127 of a block's largest weight,
 # 0.4 % of it or 1 % of a typical one; 28 matrices add up to some 5 % of hidden states near 1. Q4_0 is 16 times coarser.
 @pytest.mark.parametrize("quantisation, tolerance", [("F32", F16_CACHE), ("F16", 2 * F16_CACHE), ("Q8_0", 0.1), ("base", F16_CACHE)])
-def test_an_adapter_scores_as_pytorch(detector_gguf, tiny, sequences, expected, quantisation, tolerance):
+def test_m63_an_adapter_scores_as_pytorch(detector_gguf, tiny, sequences, expected, quantisation, tolerance):
     detector = LlamaDetector(detector_gguf, base=tiny.gguf, quantisation=quantisation, n_threads=1)
     assert np.abs(detector.logits(sequences) - expected).max() < tolerance
     assert detector.quantisation == quantisation and detector.name == "llama.cpp"
@@ -77,7 +78,7 @@ def test_a_cut_detector_scores_as_pytorch(tiny, tmp_path, sequences, depth):
 
 
 @pytest.mark.parametrize("quantisation, tolerance", [("F16", 2 * F16_CACHE), ("Q8_0", 0.1), ("Q4_0", 1.2)])
-def test_a_merged_detector_scores_as_pytorch(torch_detector, tiny, tmp_path, sequences, expected, quantisation, tolerance):
+def test_m63_a_merged_detector_scores_as_pytorch(torch_detector, tiny, tmp_path, sequences, expected, quantisation, tolerance):
     path = tmp_path / "merged.gguf"
     export_merged(torch_detector, path, quantisation, tiny.gguf, canaries_of(torch_detector))
     detector = LlamaDetector(path, n_threads=1, check=quantisation != "Q4_0")  # random weights have no margin for 4 bits
@@ -94,7 +95,7 @@ def test_a_fully_tuned_detector_scores_as_pytorch(tiny, tmp_path, sequences):
 
 # -- batches
 
-def test_a_score_does_not_depend_on_its_batch(llama_detector, sequences):
+def test_m49_a_score_does_not_depend_on_its_batch(llama_detector, sequences):
     alone = np.array([llama_detector.logits([ids])[0] for ids in sequences])
     rng = random.Random(1)
     for _ in range(4):
@@ -106,7 +107,7 @@ def test_a_score_does_not_depend_on_its_batch(llama_detector, sequences):
     assert llama_detector.logits([]).shape == (0,)
 
 
-def test_nothing_is_cut(llama_detector, torch_detector):
+def test_m16_nothing_is_cut(llama_detector, torch_detector):
     # 100,000 tokens: the windows hold each of them, and the last one's score is its own, not that of a cut text.
     rng = random.Random(2)
     text = " ".join(rng.choice(("rinse", "bleach", "vinegar", "open", "window", "never", "apart")) for _ in range(100_000))
@@ -153,7 +154,7 @@ def test_deadline_is_asked_before_each_decode(llama_detector):
 
 # -- streams
 
-def test_a_stream_scores_what_the_whole_scores(llama_detector):
+def test_m36_a_stream_scores_what_the_whole_scores(llama_detector):
     rng = random.Random(4)
     prefix, answer = llama_detector.template.prefix([900, 901]), [rng.randrange(17, 49152) for _ in range(250)]
     whole = llama_detector.logits([prefix + answer[:i + 1] for i in range(0, 250, 10)])
@@ -224,7 +225,7 @@ def test_greedy_rewrites_are_those_of_pytorch(detoxifier, torch_detoxifier):
     assert n_compared > 60  # of 128
 
 
-def test_generation_ends_at_any_special_token(detoxifier, monkeypatch):
+def test_m47_generation_ends_at_any_special_token(detoxifier, monkeypatch):
     prompt = detoxifier.template.detoxifier_prompt([900], [901, 902])
     for stop in (detoxifier.template.end, 0, 5):
         tokens = iter([500, 501, stop, 502])
@@ -244,13 +245,13 @@ def test_sampling_is_that_of_the_softmax():
     assert llama._pick(logits, 0.0, rng) == 2
 
 
-def test_sampling_repeats_by_its_seed(detoxifier):
+def test_m49_sampling_repeats_by_its_seed(detoxifier):
     prompt = detoxifier.template.detoxifier_prompt([900], [901, 902])
     one, two, other = (detoxifier.generate(prompt, 12, temperature=0.8, seed=seed)[0] for seed in (1, 1, 2))
     assert one == two != other
 
 
-def test_a_rewrite_has_room(detoxifier):
+def test_m22_a_rewrite_has_room(detoxifier):
     limits = detoxifier.limits
     longest = detoxifier.template.detoxifier_prompt([900] * limits.question_tokens, [901] * limits.rejected_tokens)
     assert detoxifier.generate(longest, limits.rewrite_tokens)[1] > 0
@@ -288,7 +289,7 @@ def test_weights_are_freed_with_their_last_user(detoxifier_gguf, tiny, tmp_path)
     assert len(llama._Weights._loaded) == n
 
 
-def test_threads_get_the_numbers_of_one(llama_detector, sequences):
+def test_m56_threads_get_the_numbers_of_one(llama_detector, sequences):
     sequences = sequences[:7]
     expected = llama_detector.logits(sequences)
     results, errors = {}, []
@@ -324,7 +325,7 @@ def _score_in_child(detector, detoxifier, queue):
 
 
 @pytest.mark.filterwarnings("ignore:This process")  # that forking with threads is a risk is what this is about
-def test_a_fork_is_refused(llama_detector, detoxifier):
+def test_m56_a_fork_is_refused(llama_detector, detoxifier):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     with llama_detector.context.lock, detoxifier.context.lock:  # as if another thread were decoding: the child must not wait for it
@@ -344,13 +345,13 @@ def load_error(path, tiny, kind=LlamaDetector, **options):
     return str(error.value)
 
 
-def test_the_wrong_kind(detector_gguf, detoxifier_gguf, tiny):
+def test_m50_the_wrong_kind(detector_gguf, detoxifier_gguf, tiny):
     assert load_error(detoxifier_gguf, tiny) == f"load: {detoxifier_gguf} must be a detector, got a detoxifier. Pass the other file."
     assert load_error(detector_gguf, tiny, LlamaDetoxifier) == f"load: {detector_gguf} must be a detoxifier, got a detector. Pass the other file."
     assert "must have the key protector.format_version" in load_error(tiny.gguf, tiny)
 
 
-def test_the_wrong_base(detector_gguf, tiny, tmp_path, real_base):
+def test_m50_m54_the_wrong_base(detector_gguf, tiny, tmp_path, real_base):
     from protector.base import SHA256, file_sha256
 
     with pytest.raises(ModelError) as error:
@@ -366,7 +367,7 @@ def test_the_wrong_base(detector_gguf, tiny, tmp_path, real_base):
         LlamaDetector(forged, base=real_base, quantisation="base")
 
 
-def test_a_head_of_another_width(detector_gguf, tiny, tmp_path):
+def test_m50_a_head_of_another_width(detector_gguf, tiny, tmp_path):
     wrong = resigned(detector_gguf, tmp_path / "wide.gguf", head_weight=np.ones(D + 1, np.float32))
     assert load_error(wrong, tiny) == (f"load: {wrong} must have a head of {D} weights, got {D + 1}. Use the base that it was trained on.")
 
@@ -374,7 +375,7 @@ def test_a_head_of_another_width(detector_gguf, tiny, tmp_path):
 CANARIES = (f"must score its canaries as at export (within {llama.CANARY_TOLERANCE}) and harmful above harmless, got a difference of ")
 
 
-def test_a_flipped_head_does_not_load(detector_gguf, tiny, tmp_path):
+def test_m50_m65_a_flipped_head_does_not_load(detector_gguf, tiny, tmp_path):
     # Polarity: with the digest, the scores at export and even the labels forged to fit, nothing flipped loads.
     metadata = read_metadata(detector_gguf)
     flipped = {"head_weight": -metadata.head_weight, "head_bias": -metadata.head_bias}
@@ -384,7 +385,7 @@ def test_a_flipped_head_does_not_load(detector_gguf, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["no canaries", "harmful only", "harmless only", "another score", "NaN score"])
-def test_canaries_that_do_not_hold(detector_gguf, tiny, tmp_path, change):
+def test_m50_m51_canaries_that_do_not_hold(detector_gguf, tiny, tmp_path, change):
     canaries = list(read_metadata(detector_gguf).canaries)
     if change == "no canaries":
         canaries = []
@@ -400,7 +401,7 @@ def test_canaries_that_do_not_hold(detector_gguf, tiny, tmp_path, change):
         assert message.startswith(f"check_canaries: {path} {CANARIES}") and message.endswith("Export it again, or use another quantisation.")
 
 
-def test_weights_that_make_nan_do_not_load(detector_gguf, tiny, tmp_path):
+def test_m50_weights_that_make_nan_do_not_load(detector_gguf, tiny, tmp_path):
     from test_gguf import array, read_gguf
 
     tensors = {name: array(tensor).copy() for name, tensor in read_gguf(detector_gguf)[1].items()}
@@ -413,7 +414,7 @@ def test_weights_that_make_nan_do_not_load(detector_gguf, tiny, tmp_path):
     assert CANARIES in message or "NaN" in message
 
 
-def test_a_cut_base_does_not_load(detector_gguf, tiny, tmp_path):
+def test_m50_a_cut_base_does_not_load(detector_gguf, tiny, tmp_path):
     from protector.base import file_sha256
 
     cut = tmp_path / "cut.gguf"
@@ -425,9 +426,59 @@ def test_a_cut_base_does_not_load(detector_gguf, tiny, tmp_path):
         assert "must be a" in str(error.value) and "again" in str(error.value)
 
 
-def test_a_missing_file(tiny, tmp_path):
+def test_m50_a_missing_file(tiny, tmp_path):
     missing = tmp_path / "none.gguf"
     assert load_error(missing, tiny) == f"read_metadata: {missing} must exist, got no file. Check the path."
+
+
+@pytest.fixture(scope="module")
+def merged(torch_detector, tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("merged") / "merged.gguf"
+    export_merged(torch_detector, path, "F16", tiny.gguf, canaries_of(torch_detector))
+    return path
+
+
+def test_m55_a_malformed_model_ends_a_trial_process_and_not_this_one(merged, tmp_path, vocabulary):
+    tokens, kinds = (vocabulary[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    odd = [{"llama.attention.head_count": 3}, {"llama.attention.head_count": "4"}, {"llama.embedding_length": 60}, {"llama.block_count": 5},
+           {"llama.block_count": 10**6}, {"llama.rope.dimension_count": 7}, {"tokenizer.ggml.token_type": [str(kind) for kind in kinds]},
+           {"tokenizer.ggml.tokens": tokens[:500]}, {"tokenizer.ggml.model": ["gpt2"]}]
+    statuses = []
+    for i, fields in enumerate(odd):
+        path = rewrite(merged, tmp_path / f"odd{i}.gguf", fields)
+        with pytest.raises(ModelError, match=rf"^load: {path} must be a model that llama.cpp loads, got ") as error:
+            LlamaDetector(path, n_threads=1)
+        statuses.append(re.search(r"trial process \((.*)\)", str(error.value))[1])
+    assert any(status.startswith("-") for status in statuses), statuses  # by a signal: it would have been this process
+
+
+def test_m55_the_trial_is_made_once_for_each_file(merged, tmp_path, monkeypatch, cache):
+    tried = []
+    monkeypatch.setattr(llama.subprocess, "run", lambda command, run=llama.subprocess.run, **options: tried.append(command[-1]) or run(command, **options))
+    path = tmp_path / "merged.gguf"
+    path.write_bytes(merged.read_bytes() + bytes(32))
+    for _ in range(2):
+        assert LlamaDetector(path, n_threads=1).metadata.merged
+    assert tried == [str(path)]
+    # What can't be tried out isn't loaded.
+    path.write_bytes(merged.read_bytes() + bytes(64))
+    monkeypatch.setattr(llama, "_TRIAL", "import time; time.sleep(60)")
+    monkeypatch.setattr(llama, "_TRIAL_S", 0.5)
+    with pytest.raises(ModelError, match=r"got the end of a trial process \(TimeoutExpired\)"):
+        LlamaDetector(path, n_threads=1)
+
+
+def test_m55_an_adapter_of_other_sizes_is_an_error(detector_gguf, tiny, tmp_path):
+    from test_gguf import array, read_gguf
+
+    from protector import gguf
+
+    wide = {name: array(tensor).copy() for name, tensor in read_gguf(detector_gguf)[1].items()}
+    wide["blk.1.ffn_up.weight.lora_a"] = np.zeros((4, D + 1), np.float16)
+    digest = gguf.model_sha256(read_metadata(detector_gguf), wide)
+    path = rewrite(detector_gguf, tmp_path / "wide.gguf", {"protector.model_sha256": digest}, tensors=wide)
+    for quantisation in ("F32", "base"):
+        assert "Use the base that it was trained on." in load_error(path, tiny, quantisation=quantisation)
 
 
 def test_an_unknown_quantisation(detector_gguf, tiny):
