@@ -29,6 +29,8 @@ def test_every_number_of_a_perfect_detector():
     assert source["false_positives"]["k"] == 0 and source["recall"]["k"] == 20
     assert source["f1_always_harmful"] == pytest.approx(2 / 3)
     assert sum(source["histogram"]["harmful"]) == sum(source["histogram"]["harmless"]) == 20
+    assert [(row["low"], row["share"], row["n"]) for row in source["reliability"] if row["low"] >= 0.5] == [(0.9, 1, 20)]
+    assert sum(row["n"] for row in source["reliability"]) == 40 and source["ece"]["low"] <= source["ece"]["value"] <= source["ece"]["high"]
     assert result["published"]["rows"]["WildGuard, 7B"][2] == 84.4
     assert result["detector"]["model"] == "fake.gguf" and result["detector"]["thresholds"]["pair"] == 0.5
 
@@ -68,7 +70,8 @@ def test_naive_bayes_equals_scikit_learn():
     model = MultinomialNB().fit(vectorizer.fit_transform([row.answer for row in train]), [row.label for row in train])
     answers = [row.answer for row in rows.read("own")[300:340]]
     known = [" ".join(word for word in detectors._words(answer) if word in words.weights) for answer in answers]
-    np.testing.assert_allclose([words.score(answer) for answer in answers], model.predict_proba(vectorizer.transform(known))[:, 1], atol=1e-9)
+    theirs = model.predict_proba(vectorizer.transform(known))[:, 1]
+    np.testing.assert_allclose([words.score(answer) for answer in answers], theirs, atol=1e-9)
 
 
 def test_halves_share_no_question_and_stay():
@@ -91,7 +94,8 @@ def test_a_data_folder_and_its_gaps(tmp_path):
     for name in ("train", "judge", "measure"):
         (parts / f"{name}.jsonl").write_text(json.dumps(line | {"question": name}) + "\n")
     split = rows.gather([parts])
-    assert [row.question for row in split.pairs + split.judge] == ["measure", "judge"] and split.train[0].question == "train" and not split.halve
+    assert [row.question for row in split.pairs + split.judge] == ["measure", "judge"]
+    assert split.train[0].question == "train" and not split.halve
     paper = tmp_path / "paper.jsonl"
     paper.write_text(json.dumps({"question": "q", "answer": "a", "h": 1}) + "\n")
     assert rows.read(paper)[0].label == 0  # the paper's h = 1 is harmless

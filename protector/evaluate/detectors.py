@@ -105,7 +105,6 @@ def measure(scores, labels, threshold, groups=None, draws=1000):
         return {"value": value, "low": low, "high": high}
 
     best, best_threshold = metrics.best_f1(scores, labels)
-    error, bins = metrics.reliability(scores, labels)
     false_positive, true_positive, _ = metrics.roc(scores, labels)
     keep = np.unique(np.linspace(0, len(false_positive) - 1, 101).astype(int))
     edges = np.linspace(0, 1, 21)
@@ -118,8 +117,7 @@ def measure(scores, labels, threshold, groups=None, draws=1000):
         **{f"recall_at_{fpr:.0%}_fpr": number(lambda s, y, fpr=fpr: metrics.recall_at_fpr(s, y, fpr)) for fpr in FPRS},
         "recall": metrics.rate(list(scores[labels == 1] >= threshold)),
         "false_positives": metrics.rate(list(scores[labels == 0] >= threshold)),
-        "ece": {"value": error, "low": math.nan, "high": math.nan} if not len(scores) else number(lambda s, y: metrics.reliability(s, y)[0]),
-        "reliability": bins,
+        "ece": number(lambda s, y: metrics.reliability(s, y)[0]), "reliability": metrics.reliability(scores, labels)[1],
         "roc": [[float(false_positive[i]), float(true_positive[i])] for i in keep] if 0 < labels.sum() < len(labels) else [],
         "histogram": {"edges": edges, "harmless": np.histogram(scores[labels == 0], edges)[0],
                       "harmful": np.histogram(scores[labels == 1], edges)[0]}}
@@ -162,5 +160,6 @@ def described(guard):
     """What scored: file, backend, quantisation, thresholds and their promise."""
     detector = guard.detector
     path = getattr(detector, "path", None)
-    return {"model": Path(path).name if path else type(detector).__name__, "backend": detector.name, "quantisation": detector.quantisation, "sha256": getattr(detector, "model_sha256", None),
-            "thresholds": guard.thresholds, "calibration": [entry for entry in getattr(detector, "calibration", ())]}
+    return {"model": Path(path).name if path else type(detector).__name__, "backend": detector.name,
+            "quantisation": detector.quantisation, "sha256": getattr(detector, "model_sha256", None),
+            "thresholds": guard.thresholds, "calibration": list(getattr(detector, "calibration", ()))}

@@ -125,7 +125,7 @@ def recall_at_fpr(scores, labels, fpr):
     return float(hits[allowed].max(initial=0) / labels.sum())
 
 
-def reliability(scores, labels, bins=15):
+def reliability(scores, labels, bins=10):
     """Expected calibration error and its bins of equal width.
 
         ECE = sum_b n_b / n | mean label_b - mean score_b |
@@ -135,7 +135,7 @@ def reliability(scores, labels, bins=15):
         labels: (n,).
         bins: number of bins; the last one holds score 1.
     Returns:
-        (ECE, list of (mean score, share harmful, n) of the bins that aren't empty)
+        (ECE, list of {"low", "high", "score", "share", "n"} of the bins that aren't empty: edges, mean score, share harmful)
     Example:
         reliability([0.0, 1.0], [0, 1])[0]  # 0.0
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017.
@@ -144,11 +144,11 @@ def reliability(scores, labels, bins=15):
     if scores.size and not (0 <= scores.min() and scores.max() <= 1):
         raise ValueError("reliability: scores must be in [0, 1]. Pass scores, not logits.")
     index = np.minimum((scores * bins).astype(int), bins - 1)
-    rows = [(float(scores[index == b].mean()), float(labels[index == b].mean()), int((index == b).sum()))
-            for b in range(bins) if (index == b).any()]
+    rows = [{"low": b / bins, "high": (b + 1) / bins, "score": float(scores[inside].mean()), "share": float(labels[inside].mean()),
+             "n": int(inside.sum())} for b in range(bins) for inside in [index == b] if inside.any()]
     if not rows:
         return math.nan, []
-    return float(sum(n * abs(share - mean) for mean, share, n in rows) / len(scores)), rows
+    return sum(row["n"] * abs(row["share"] - row["score"]) for row in rows) / len(scores), rows
 
 
 def bootstrap(statistic, *columns, groups=None, draws=1000, confidence=CONFIDENCE, seed=0):

@@ -4,6 +4,8 @@ Red is harmful or before, blue is harmless or after, everywhere; shape and label
 """
 from html import escape
 
+from . import metrics
+
 RED, BLUE, GREY, INK = "var(--red, #c0392b)", "var(--blue, #2166ac)", "var(--grey, #8a8f98)", "var(--ink, #1d2127)"
 _SERIES = (BLUE, RED, "var(--green, #2e7d4f)", "var(--violet, #7b4fa3)", "var(--orange, #c77700)", "var(--teal, #16808a)")
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
@@ -31,9 +33,19 @@ def _path(points, colour, dash="", width=2):
 def _legend(names, x, y, colours, dashes=None, step=17):
     parts = []
     for i, name in enumerate(names):
-        parts += [_line(x, y + i * step - 4, x + 18, y + i * step - 4, colours[i % len(colours)], 3, dashes[i % len(dashes)] if dashes else ""),
-                  _text(x + 24, y + i * step, name)]
+        at, dash = y + i * step, dashes[i % len(dashes)] if dashes else ""
+        parts += [_line(x, at - 4, x + 18, at - 4, colours[i % len(colours)], 3, dash), _text(x + 24, at, name)]
     return parts
+
+
+def _square(side, left, top, at, name):
+    """Frame, diagonal, ticks from 0 to 1 and the name of the vertical axis."""
+    body = [f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" stroke="{GREY}"/>',
+            _line(*at(0, 0), *at(1, 1), GREY, 1, "3 3"),
+            _text(12, top + side / 2, name, "middle", extra=f'transform="rotate(-90 12 {top + side / 2:.0f})"')]
+    for tick in (0, 0.5, 1):
+        body += [_text(at(tick, 0)[0], top + side + 16, f"{tick:g}", "middle"), _text(left - 6, at(0, tick)[1] + 4, f"{tick:g}", "end")]
+    return body
 
 
 def roc(curves, title="ROC"):
@@ -50,11 +62,8 @@ def roc(curves, title="ROC"):
     def at(x, y):
         return left + x * side, top + (1 - y) * side
 
-    body = [f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" stroke="{GREY}"/>', _line(*at(0, 0), *at(1, 1), GREY, 1, "3 3")]
-    for tick in (0, 0.5, 1):
-        body += [_text(at(tick, 0)[0], top + side + 16, f"{tick:g}", "middle"), _text(left - 6, at(0, tick)[1] + 4, f"{tick:g}", "end")]
-    body += [_text(left + side / 2, top + side + 32, "harmless answers flagged", "middle"),
-             _text(12, top + side / 2, "harmful answers flagged", "middle", extra=f'transform="rotate(-90 12 {top + side / 2:.0f})"')]
+    body = _square(side, left, top, at, "harmful answers flagged")
+    body.append(_text(left + side / 2, top + side + 32, "harmless answers flagged", "middle"))
     for i, points in enumerate(curves.values()):
         body.append(_path([at(*point) for point in points], _SERIES[i % 6], _DASHES[i % 6]))
     body += _legend(list(curves), left, top + side + 56, _SERIES, _DASHES)
@@ -71,18 +80,21 @@ def histogram(edges, harmless, harmful, threshold=None, title="Scores"):
         for low, high, count in zip(edges, edges[1:], counts):
             bar = half * count / total / largest
             if bar:
-                body.append(f'<rect x="{left + low * width:.1f}" y="{top + half + (0 if sign > 0 else -bar):.1f}" width="{(high - low) * width - 1:.1f}" '
-                            f'height="{bar:.1f}" fill="{colour}"/>')
+                y = top + half + (0 if sign > 0 else -bar)
+                body.append(f'<rect x="{left + low * width:.1f}" y="{y:.1f}" width="{(high - low) * width - 1:.1f}" height="{bar:.1f}" '
+                            f'fill="{colour}"/>')
     body.append(_line(left, top + half, left + width, top + half, INK))
     if threshold is not None and 0 <= threshold <= 1:
         x = left + threshold * width
-        anchor = "end" if threshold > 0.7 else "start"
-        body += [_line(x, top - 6, x, top + 2 * half + 6, INK, 1.5, "4 3"), _text(x + (-4 if anchor == "end" else 4), top - 8, f"threshold {threshold:.2f}", anchor)]
+        anchor, beside = ("end", -4) if threshold > 0.7 else ("start", 4)
+        body += [_line(x, top - 6, x, top + 2 * half + 6, INK, 1.5, "4 3"),
+                 _text(x + beside, top - 8, f"threshold {threshold:.2f}", anchor)]
     for tick in (0, 0.5, 1):
         body.append(_text(left + tick * width, top + 2 * half + 22, f"{tick:g}", "middle"))
     body += [_text(left, top - 8, f"harmful ({sum(harmful)})", colour=RED) if threshold is None or threshold > 0.3 else
              _text(left + width, top - 8, f"harmful ({sum(harmful)})", "end", RED),
-             _text(left + width, top + 2 * half + 40, f"harmless ({sum(harmless)})", "end", BLUE), _text(left, top + 2 * half + 40, "score = P(harmful)")]
+             _text(left + width, top + 2 * half + 40, f"harmless ({sum(harmless)})", "end", BLUE),
+             _text(left, top + 2 * half + 40, "score = P(harmful)")]
     return _svg(left + width + 20, top + 2 * half + 50, body, title)
 
 
@@ -93,10 +105,12 @@ def before_after(rows, title="Attack success"):
         rows: [(name, before, after)], each a metrics.rate.
     """
     left, width, step, top = 10, 270, 54, 30  # narrow, names above their bars: a phone shows it at a readable size
-    body = [_line(left, 10, left + 18, 10, RED, 3), _text(left + 24, 14, "before"), _line(left + 80, 10, left + 98, 10, BLUE, 3), _text(left + 104, 14, "after")]
+    body = [_line(left, 10, left + 18, 10, RED, 3), _text(left + 24, 14, "before"),
+            _line(left + 80, 10, left + 98, 10, BLUE, 3), _text(left + 104, 14, "after")]
     for tick in (0, 0.25, 0.5, 0.75, 1):
         x = left + tick * width
-        body += [_line(x, top, x, top + step * len(rows), GREY, 0.5), _text(x, top + step * len(rows) + 16, f"{tick:.0%}", "middle" if tick else "start")]
+        body += [_line(x, top, x, top + step * len(rows), GREY, 0.5),
+                 _text(x, top + step * len(rows) + 16, f"{tick:.0%}", "middle" if tick else "start")]
     for i, (name, *rates) in enumerate(rows):
         y = top + i * step
         body.append(_text(left + 3, y + 15, _short(name), extra='font-weight="600"'))
@@ -117,22 +131,25 @@ def _short(name):
 
 
 def reliability(bins, title="Calibration"):
-    """Share harmful against mean score; a dot's area is its share of the answers."""
-    side, left, top = 220, 44, 12
-    total = max(sum(n for *_, n in bins), 1)
+    """Share harmful against mean score, a dot and its 95 % Wilson interval per bin, the bin's n below it.
+
+    Args:
+        bins: of metrics.reliability.
+    """
+    side, left, top = 290, 44, 12
 
     def at(x, y):
         return left + x * side, top + (1 - y) * side
 
-    body = [f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" stroke="{GREY}"/>', _line(*at(0, 0), *at(1, 1), GREY, 1, "3 3")]
-    for mean, share, n in bins:
-        x, y = at(mean, share)
-        body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2 + 12 * (n / total) ** 0.5:.1f}" fill="{BLUE}" opacity="0.6"/>')
-    for tick in (0, 0.5, 1):
-        body += [_text(at(tick, 0)[0], top + side + 16, f"{tick:g}", "middle"), _text(left - 6, at(0, tick)[1] + 4, f"{tick:g}", "end")]
-    body += [_text(left + side / 2, top + side + 32, "mean score", "middle"),
-             _text(12, top + side / 2, "share harmful", "middle", extra=f'transform="rotate(-90 12 {top + side / 2:.0f})"')]
-    return _svg(left + side + 20, top + side + 40, body, title)
+    body = _square(side, left, top, at, "share harmful")
+    body += [_text(left - 6, top + side + 32, "n", "end", GREY),
+             _text(left + side / 2, top + side + 48, "score; dotted: what it promises", "middle")]
+    for row in bins:
+        low, high = metrics.wilson(round(row["share"] * row["n"]), row["n"])
+        x, y = at(row["score"], row["share"])
+        body += [_line(x, at(0, low)[1], x, at(0, high)[1], BLUE, 1.5), f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{BLUE}"/>',
+                 _text(at((row["low"] + row["high"]) / 2, 0)[0], top + side + 32, row["n"], "middle", GREY, 'font-size="9"')]
+    return _svg(left + side + 20, top + side + 56, body, title)
 
 
 def curves(conditions, title="Likelihood"):

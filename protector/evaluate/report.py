@@ -33,68 +33,103 @@ def number(value, digits=3):
 # -- tables: {"title", "head", "rows", "notes"}; every cell is text
 
 
+def _large(parts):
+    """The parts of a result that a table shows."""
+    return {name: part for name, part in parts.items() if part["n"] >= SMALL}
+
+
 def detector_tables(result):
-    named = result["detector"]
-    large = {source: part for source, part in result["sources"].items() if part["n"] >= SMALL}
+    named, large, words = result["detector"], _large(result["sources"]), result["bag_of_words"]["sources"]
+    rows = [[source, f"{part['n']} ({part['harmful']})", number(part["auroc"]), number({"value": words[source]["auroc"]}),
+             number(part["auprc"]), number(part["f1"]), number({"value": part["f1_always_harmful"]}), number(part["recall_at_1%_fpr"]),
+             number(part["recall_at_5%_fpr"]), number(part["ece"])] for source, part in large.items()]
+    at = [[source, share(part["recall"]), share(part["false_positives"]), number({"value": part["best_f1"]["value"]}),
+           number({"value": words[source]["f1"]})] for source, part in large.items()]
+    notes = [f"{named['model']}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}. "
+             f"Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them."]
     left_out = [source for source in result["sources"] if source not in large]
-    words = result["bag_of_words"]["sources"]
-    rows = [[source, f"{part['n']} ({part['harmful']})", number(part["auroc"]), number({"value": words[source]["auroc"]}), number(part["auprc"]),
-             number(part["f1"]), number({"value": part["f1_always_harmful"]}), number(part["recall_at_1%_fpr"]), number(part["recall_at_5%_fpr"]), number(part["ece"])]
-            for source, part in large.items()]
-    at = [[source, share(part["recall"]), share(part["false_positives"]), number({"value": part["best_f1"]["value"]}), number({"value": words[source]["f1"]})]
-          for source, part in large.items()]
-    notes = [f"{named['model']}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}. Intervals: {result['interval']}.",
-             "Sources call different things harmful; there is no total over them."]
     if left_out:
         notes.append(f"Left out with fewer than {SMALL} answers: {', '.join(left_out)}; their numbers are in the JSON.")
+    edges = [(i / 10, (i + 1) / 10) for i in range(10)]
+    bins = [[source, *(next((f"{row['share']:.2f} ({row['n']})" for row in part["reliability"] if round(10 * row["low"]) == i), "–")
+                       for i in range(10))] for source, part in large.items()]
     published = result["published"]
     return [
-        {"title": "Detector", "head": ["source", "n (harmful)", "AUROC", "AUROC, word counts", "AUPRC", "F1 at threshold", "F1, always “harmful”",
-                                       "recall at 1 % FPR", "recall at 5 % FPR", "ECE"], "rows": rows, "notes": notes},
-        {"title": "Detector at its threshold", "head": ["source", "harmful flagged", "harmless flagged", "best F1", "best F1, word counts"], "rows": at,
-         "notes": ["Best F1: its threshold was chosen on the same answers, an upper bound."]},
-        {"title": "Published guards", "head": ["model", *published["columns"]], "rows": [[name, *(f"{value:.1f}" for value in values)] for name, values in published["rows"].items()],
+        {"title": "Detector", "rows": rows, "notes": notes,
+         "head": ["source", "n (harmful)", "AUROC", "AUROC, word counts", "AUPRC", "F1 at threshold", "F1, always “harmful”",
+                  "recall at 1 % FPR", "recall at 5 % FPR", "ECE"]},
+        {"title": "Detector at its threshold", "head": ["source", "harmful flagged", "harmless flagged", "best F1", "best F1, word counts"],
+         "rows": at, "notes": ["Best F1: its threshold was chosen on the same answers, an upper bound."]},
+        {"title": "Calibration", "head": ["source", *(f"{low:.1f}–{high:.1f}" for low, high in edges)], "rows": bins,
+         "notes": ["Share of harmful answers (n) among those scored in each tenth; a calibrated score has 0.05, 0.15, ... 0.95. "
+                   "ECE is the mean distance, weighted by n."]},
+        {"title": "Published guards", "head": ["model", *published["columns"]],
+         "rows": [[name, *(f"{value:.1f}" for value in values)] for name, values in published["rows"].items()],
          "notes": [f"{published['unit']}. Source: {published['source']}. On SafeRLHF the constant answer beats most guards."]}]
 
 
 def _attack_row(name, part):
     change = part["change"]
-    return [name, share(part["before"]), share(part["after"]), "–" if change["value"] is None else
-            f"{100 * change['value']:+.1f} points" + ("" if change["low"] is None else f" [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"),
-            ", ".join(f"{action} {n}" for action, n in sorted(part["actions"].items()))]
+    points = "–" if change["value"] is None else f"{100 * change['value']:+.1f} points"
+    if change["low"] is not None:
+        points += f" [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
+    actions = ", ".join(f"{action} {n}" for action, n in sorted(part["actions"].items()))
+    return [name, share(part["before"]), share(part["after"]), points, actions]
 
 
 def replay_tables(result):
-    head = ["", "before", "after", "change", "actions"]
-    tables = []
-    for kind, note in (("human", f"Labels: {result['human_note']}."), ("judge", "Labels: the judge alone, before and after.")):
-        rows = [_attack_row(source, part[kind]) for source, part in result["sources"].items() if part[kind]["n"] >= SMALL]
-        tables.append({"title": f"Attack success in replay, by {'human labels' if kind == 'human' else 'the judge'}", "head": ["source", *head[1:]], "rows": rows,
+    head, tables = ["before", "after", "change", "actions"], []
+    human = _large({source: part["human"] for source, part in result["sources"].items()})
+    by_judge = _large({source: part["judge"] for source, part in result["sources"].items()})
+    for who, parts, note in (("human labels", human, f"Labels: {result['human_note']}."),
+                             ("the judge", by_judge, "Labels: the judge alone, before and after.")):
+        tables.append({"title": f"Attack success in replay, by {who}", "head": ["source", *head],
+                       "rows": [_attack_row(source, part) for source, part in parts.items()],
                        "notes": [note, f"Judge: {result['judge']}.", f"Intervals: {result['interval']}."]})
     for source, models in result["models"].items():
-        rows = [_attack_row(name, part["human"]) for name, part in models.items() if part["human"]["n"] >= SMALL]
+        rows = [_attack_row(name, part) for name, part in _large({name: part["human"] for name, part in models.items()}).items()]
         if rows:
-            tables.append({"title": f"Real models in replay: {source}", "head": ["model", *head[1:]], "rows": rows,
+            tables.append({"title": f"Real models in replay: {source}", "head": ["model", *head], "rows": rows,
                            "notes": [f"Labels: {result['human_note']}. Judge: {result['judge']}."]})
-    rows = [[source, share(part["human"]["keywords_before"]), share(part["human"]["keywords_after"])] for source, part in result["sources"].items() if part["human"]["n"] >= SMALL]
-    tables.append({"title": "Refusal keywords in replay", "head": ["source", "no refusal phrase, before", "after"], "rows": rows, "notes": [f"Misjudges: {result['keywords_note']}."]})
+    rows = [[source, share(part["keywords_before"]), share(part["keywords_after"])] for source, part in human.items()]
+    tables.append({"title": "Refusal keywords in replay", "head": ["source", "no refusal phrase, before", "after"], "rows": rows,
+                   "notes": [f"Misjudges: {result['keywords_note']}."]})
     return tables
 
 
 def rewrite_tables(result):
-    relevance, perplexity = result["relevance"], result.get("perplexity")
-    long_run = next(key for key in result["copied_runs"] if key.startswith("at_least"))
-    rows = [["rewritten, of flagged harmful answers", share(result["rewritten"])], ["below the threshold at the first try", share(result["below_threshold_at_first_try"])],
-            ["refused by the guard", share(result["refused_by_guard"])], ["judged harmless, of rewrites", share(result["judged_harmless"])],
-            ["with a refusal phrase", share(result["refusals"])],
-            ["on topic", share(relevance["on_topic"]) + f"; cosine {relevance['own']:.2f} to its own question, {relevance['shuffled']:.2f} to others" if relevance else "–"],
-            [f"copied runs of {long_run.split('_')[2]} words or more", share(result["copied_runs"][long_run]) + f"; longest {result['copied_runs']['longest_words']} words"],
-            ["words, median", number({"value": result["words"]["median"]}, 0)]]
-    notes = [f"Judge: {result['judge']}.", "On topic: closer to its question than 95 % of other questions are."]
+    relevance, judged, perplexity = result["relevance"], result.get("relevance_judged"), result.get("perplexity")
+    runs = result["copied_runs"]
+    long_run = next(key for key in runs if key.startswith("at_least"))
+    rows = [["rewritten, of flagged harmful answers", share(result["rewritten"])],
+            ["below the threshold at the first try", share(result["below_threshold_at_first_try"])],
+            ["refused by the guard", share(result["refused_by_guard"])],
+            ["judged harmless, of rewrites", share(result["judged_harmless"])],
+            ["with a refusal phrase", share(result["refusals"])]]
+    notes = [f"Judge: {result['judge']}."]
+    if judged:
+        rows += [["about its question, by the judge of relevance", share(judged["about_own_question"])],
+                 ["about another question, by the same judge", share(judged["about_another_question"])]]
+        notes.append(f"Judge of relevance: {judged['judge']}.")
+    if relevance:
+        rows.append(["on topic by cosine", share(relevance["on_topic"]) + f"; mean cosine {relevance['own']:.2f} to its own question, "
+                                           f"{relevance['shuffled']:.2f} to others"])
+        notes.append("On topic: closer to its question than 95 % of other questions are.")
+    rows += [[f"copied runs of {long_run.split('_')[2]} words or more", share(runs[long_run]) + f"; longest {runs['longest_words']} words"],
+             ["words, median", number({"value": result["words"]["median"]}, 0)]]
     if perplexity:
-        rows.append(["perplexity, median", f"{number(perplexity['rewrites'], 1)}; recorded harmless answers {number(perplexity['recorded_harmless_answers'], 1)}"])
+        own, recorded = ({**perplexity[name], "value": perplexity[name]["median"]} for name in ("rewrites", "recorded_harmless_answers"))
+        rows.append(["perplexity, median", f"{number(own, 1)}, n {own['n']}; recorded harmless answers {number(recorded, 1)}, "
+                                           f"n {recorded['n']}"])
         notes.append(f"Perplexity under {perplexity['model']}.")
-    return [{"title": "Detoxifier", "head": ["", "share"], "rows": rows, "notes": notes}]
+    tables = [{"title": "Detoxifier", "head": ["", "share"], "rows": rows, "notes": notes}]
+    if judged:
+        tables.append({"title": "The judge of relevance, judged", "head": ["source", "accuracy", "matching passed", "shuffled passed"],
+                       "rows": [[source, *(share(part[name]) for name in ("accuracy", "matching_passed", "shuffled_passed"))]
+                                for source, part in judged["judge_measured"].items() if part["accuracy"]["n"] >= SMALL],
+                       "notes": ["Recorded answers with their own question, and with another of their source. Rewrites have no labels: "
+                                 "how often they pass for another question stands above."]})
+    return tables
 
 
 def utility_tables(result):
@@ -102,56 +137,68 @@ def utility_tables(result):
 
     def row(name, part):
         added = part.get("added_percent")
-        return [name, share(part["flagged"]), share(part["changed"]), f"{part['ms']['median']:.0f} ({part['ms']['p95']:.0f})", f"{number(added, 0)} %" if added else "–"]
+        return [name, share(part["flagged"]), share(part["changed"]), f"{part['ms']['median']:.0f} ({part['ms']['p95']:.0f})",
+                f"{number(added, 0)} %" if added else "–"]
 
     notes = [f"Added time against {result['time_against']}."] if result["time_against"] else []
     notes.append("Changed must equal flagged: nothing else is ever touched. Intervals: rates 95 % Wilson, time 95 % bootstrap.")
-    return [{"title": f"Utility on harmless answers, by {name}", "head": [name, *head], "rows": [row(key, part) for key, part in result[f"{name}s"].items()], "notes": notes}
+    return [{"title": f"Utility on harmless answers, by {name}", "head": [name, *head],
+             "rows": [row(key, part) for key, part in result[f"{name}s"].items()], "notes": notes}
             for name in ("source", "model") if result[f"{name}s"]]
 
 
 def exact_tables(result):
-    return [{"title": f"Exact match: {result['benchmark']}", "head": ["", "accuracy"], "rows": [["before", share(result["accuracy_before"])], ["after", share(result["accuracy_after"])],
-             ["flagged", share(result["flagged"])]], "notes": [f"{result['without_answer']} questions have no recorded answer."]}]
+    rows = [["before", share(result["accuracy_before"])], ["after", share(result["accuracy_after"])], ["flagged", share(result["flagged"])]]
+    return [{"title": f"Exact match: {result['benchmark']}", "head": ["", "accuracy"], "rows": rows,
+             "notes": [f"{result['without_answer']} questions have no recorded answer."]}]
 
 
 def benchmark_tables(result):
     names = {"harm": "harm (01-07, 09)" if result["benchmark"].startswith("MM") else "harm", "policy": "policy scenarios"}
-    rows = [[names[group], kind, share(cell["before"]), share(cell["after"]), str(cell["rendered"])] for group in names for kind, cell in result[group].items()]
-    each = [[scenario, kind, share(cell["before"]), share(cell["after"]), share(cell["keywords_before"], False), share(cell["keywords_after"], False), str(cell["rendered"])]
+    rows = [[names[group], kind, share(cell["before"]), share(cell["after"]), str(cell["rendered"])]
+            for group in names for kind, cell in result[group].items()]
+    each = [[scenario, kind, share(cell["before"]), share(cell["after"]), share(cell["keywords_before"], False),
+             share(cell["keywords_after"], False), str(cell["rendered"])]
             for scenario, kinds in result["scenarios"].items() for kind, cell in kinds.items()]
     notes = [f"Model: {result['model']}. Judge: {result['judge']}. Intervals: {result['interval']}.",
-             "Policy scenarios (08, 10-13) forbid plain legal, financial, health, campaign and government advice: a harm detector has no reason to flag it."]
+             "Policy scenarios (08, 10-13) forbid plain legal, financial, health, campaign and government advice: a harm detector has no "
+             "reason to flag it."]
     if result["missing"]:
-        notes.append("Missing: " + "; ".join(result["missing"][:6]) + (f"; and {len(result['missing']) - 6} more" if len(result["missing"]) > 6 else "") + ".")
-    return [{"title": f"Attack success: {result['benchmark']}", "head": ["scenarios", "kind", "before", "after", "images rendered here"], "rows": rows, "notes": notes},
-            {"title": f"{result['benchmark']} by scenario", "head": ["scenario", "kind", "before", "after", "keywords, before", "keywords, after", "rendered here"], "rows": each,
+        more = len(result["missing"]) - 6
+        notes.append("Missing: " + "; ".join(result["missing"][:6]) + (f"; and {more} more" if more > 0 else "") + ".")
+    return [{"title": f"Attack success: {result['benchmark']}", "head": ["scenarios", "kind", "before", "after", "images rendered here"],
+             "rows": rows, "notes": notes},
+            {"title": f"{result['benchmark']} by scenario",
+             "head": ["scenario", "kind", "before", "after", "keywords, before", "keywords, after", "rendered here"], "rows": each,
              "notes": [f"Keywords misjudge: {result['keywords_note']}."]}]
 
 
 def likelihood_tables(result):
-    rows = [[name, str(part["n"]), number(part.get("harmful"), 2), number(part.get("harmless"), 2), number(part.get("gap"), 2), number(part.get("gap_change"), 2)]
-            for name, part in result["conditions"].items()]
-    return [{"title": "Likelihood of harmful and harmless answers", "head": ["condition", "n", "harmful", "harmless", "gap", "gap against text only"], "rows": rows,
-             "notes": [f"Model: {result['model']}. {result['unit']}; gap = harmless - harmful, larger is worse. Intervals: {result['interval']}."]}]
+    rows = [[name, str(part["n"]), number(part.get("harmful"), 2), number(part.get("harmless"), 2), number(part.get("gap"), 2),
+             number(part.get("gap_change"), 2)] for name, part in result["conditions"].items()]
+    notes = [f"Model: {result['model']}. {result['unit']}; gap = harmless - harmful, larger is worse. Intervals: {result['interval']}.",
+             f"Related image: the nearest of {result['related_images']} to the question, where one is near enough."
+             if result.get("related_images") else "Related image: none was given; pass --related."]
+    return [{"title": "Likelihood of harmful and harmless answers",
+             "head": ["condition", "n", "harmful", "harmless", "gap", "gap against text only"], "rows": rows, "notes": notes}]
 
 
 def judge_tables(result):
-    rows = [[source, f"{part['n']} ({part['harmful']})", share(part["accuracy"]), number({"value": part["balanced_accuracy"]}), number({"value": part["auroc"]}),
-             share(part["harmful_missed"]), share(part["harmless_called_harmful"])] for source, part in result["measured"].items() if part["n"] >= SMALL]
-    return [{"title": "The judge, judged", "head": ["source", "n (harmful)", "accuracy", "balanced", "AUROC", "harmful missed", "harmless called harmful"], "rows": rows,
-             "notes": [f"{result['judge']}. Measured on questions that it never saw."]}]
+    rows = [[source, f"{part['n']} ({part['harmful']})", share(part["accuracy"]), number({"value": part["balanced_accuracy"]}),
+             number({"value": part["auroc"]}), share(part["harmful_missed"]), share(part["harmless_called_harmful"])]
+            for source, part in _large(result["measured"]).items()]
+    return [{"title": "The judge, judged", "rows": rows, "notes": [f"{result['judge']}. Measured on questions that it never saw."],
+             "head": ["source", "n (harmful)", "accuracy", "balanced", "AUROC", "harmful missed", "harmless called harmful"]}]
 
 
-_TABLES = {"detectors": detector_tables, "replay": replay_tables, "rewrites": rewrite_tables, "utility": utility_tables, "exact": exact_tables,
-           "benchmark": benchmark_tables, "likelihood": likelihood_tables, "judge": judge_tables}
-ORDER = ("replay", "benchmark", "rewrites", "utility", "exact", "detectors", "likelihood", "judge")
+_TABLES = {"replay": replay_tables, "benchmark": benchmark_tables, "rewrites": rewrite_tables, "utility": utility_tables,
+           "exact": exact_tables, "detectors": detector_tables, "likelihood": likelihood_tables, "judge": judge_tables}  # in this order
 
 
 def tables_of(results):
     """[(name, result, its tables)] in the report's order."""
     known = [(name, result) for name, result in results.items() if result["kind"] in _TABLES]
-    known.sort(key=lambda item: (ORDER.index(item[1]["kind"]), item[0]))
+    known.sort(key=lambda item: (list(_TABLES).index(item[1]["kind"]), item[0]))
     return [(name, result, _TABLES[result["kind"]](result)) for name, result in known]
 
 
@@ -168,23 +215,28 @@ def figures_of(name, result):
     """{file stem: (caption, SVG)}."""
     kind, figures = result["kind"], {}
     if kind == "detectors":
-        curves = {f"{source} ({part['auroc']['value']:.2f})": part["roc"] for source, part in result["sources"].items() if part["roc"] and part["n"] >= 100}
+        drawn = {source: part for source, part in list(result["sources"].items())[:6] if part["n"] >= 100}
+        curves = {f"{source} ({part['auroc']['value']:.2f})": part["roc"] for source, part in drawn.items() if part["roc"]}
         if curves:
-            figures[f"{name}-roc"] = ("ROC per source, AUROC in brackets; dotted: chance", plots.roc(dict(list(curves.items())[:6])))
-        for source, part in list(result["sources"].items())[:6]:
-            if part["n"] >= 100:
-                figures[f"{name}-scores-{_slug(source)}"] = (f"Scores: {source}", plots.histogram(
-                    part["histogram"]["edges"], part["histogram"]["harmless"], part["histogram"]["harmful"], part["f1"].get("threshold")))
+            figures[f"{name}-roc"] = ("ROC per source, AUROC in brackets; dotted: chance", plots.roc(curves))
+        for source, part in drawn.items():
+            figures[f"{name}-scores-{_slug(source)}"] = (f"Scores: {source}", plots.histogram(
+                part["histogram"]["edges"], part["histogram"]["harmless"], part["histogram"]["harmful"], part["f1"].get("threshold")))
+            figures[f"{name}-calibration-{_slug(source)}"] = (f"Calibration: {source}, ECE {number(part['ece'])}",
+                                                              plots.reliability(part["reliability"]))
     elif kind == "replay":
-        rows = [(source, part["human"]["before"], part["human"]["after"]) for source, part in result["sources"].items() if part["human"]["n"] >= SMALL]
+        human = _large({source: part["human"] for source, part in result["sources"].items()})
+        rows = [(source, part["before"], part["after"]) for source, part in human.items()]
         if rows:
             figures[f"{name}-attacks"] = ("Harmful answers shown, before and after, by human labels", plots.before_after(rows))
         for source, models in result["models"].items():
-            rows = [(model, part["human"]["before"], part["human"]["after"]) for model, part in models.items() if part["human"]["n"] >= SMALL]
+            human = _large({model: part["human"] for model, part in models.items()})
+            rows = [(model, part["before"], part["after"]) for model, part in human.items()]
             if rows:
                 figures[f"{name}-models-{_slug(source)}"] = (f"Real models, {source}", plots.before_after(rows))
     elif kind == "benchmark":
-        rows = [(f"{group}, {image}", cell["before"], cell["after"]) for group in ("harm", "policy") for image, cell in result[group].items()]
+        rows = [(f"{group}, {image}", cell["before"], cell["after"])
+                for group in ("harm", "policy") for image, cell in result[group].items()]
         figures[f"{name}-attacks"] = (f"{result['benchmark']}: attacks that worked", plots.before_after(rows))
     elif kind == "likelihood":
         figures[f"{name}-curves"] = ("Mean loss along the answer", plots.curves(result["conditions"]))
@@ -196,8 +248,10 @@ def _slug(text):
 
 
 _STYLE = """
-:root{--ink:#1d2127;--soft:#5b6470;--paper:#fbfaf7;--card:#fff;--rule:#e3e0d8;--red:#c0392b;--blue:#2166ac;--grey:#8a8f98;--green:#2e7d4f;--violet:#7b4fa3;--orange:#c77700;--teal:#16808a}
-@media (prefers-color-scheme:dark){:root{--ink:#e8e6e1;--soft:#a3abb5;--paper:#15171a;--card:#1d2024;--rule:#33383e;--red:#ef7464;--blue:#73b3ee;--grey:#858c95;--green:#6fc492;--violet:#bb95dd;--orange:#eda94a;--teal:#5cc4cd}}
+:root{--ink:#1d2127;--soft:#5b6470;--paper:#fbfaf7;--card:#fff;--rule:#e3e0d8;
+ --red:#c0392b;--blue:#2166ac;--grey:#8a8f98;--green:#2e7d4f;--violet:#7b4fa3;--orange:#c77700;--teal:#16808a}
+@media (prefers-color-scheme:dark){:root{--ink:#e8e6e1;--soft:#a3abb5;--paper:#15171a;--card:#1d2024;--rule:#33383e;
+ --red:#ef7464;--blue:#73b3ee;--grey:#858c95;--green:#6fc492;--violet:#bb95dd;--orange:#eda94a;--teal:#5cc4cd}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:clamp(16px,4vw,48px)}
@@ -243,7 +297,8 @@ def _tiles(results):
                 tiles += _before_after(cell["before"], cell["after"], f"attacks that work, {result['benchmark']}, {image}", "by the judge")
         elif kind == "replay" and result["sources"]:
             source, part = max(result["sources"].items(), key=lambda item: item[1]["human"]["before"]["k"])
-            tiles += _before_after(part["human"]["before"], part["human"]["after"], f"harmful answers shown, {source}", "human labels, rewrites by the judge")
+            tiles += _before_after(part["human"]["before"], part["human"]["after"], f"harmful answers shown, {source}",
+                                   "human labels, rewrites by the judge")
         elif kind == "utility":
             k, n = (sum(part["flagged"][key] for part in result["sources"].values()) for key in ("k", "n"))
             if n:
@@ -251,12 +306,15 @@ def _tiles(results):
                 tiles.append((f"{100 * k / n:.1f} %", f"of {n} harmless answers changed, [{100 * low:.1f}, {100 * high:.1f}]"))
         elif kind == "rewrites" and result["judged_harmless"]["rate"] is not None:
             part = result["judged_harmless"]
-            tiles.append((f"{part['rate']:.0%}", f"of {part['n']} rewrites harmless by the judge, [{100 * part['low']:.0f}, {100 * part['high']:.0f}]"))
+            tiles.append((f"{part['rate']:.0%}", f"of {part['n']} rewrites harmless by the judge, "
+                                                 f"[{100 * part['low']:.0f}, {100 * part['high']:.0f}]"))
         elif kind == "detectors":
-            scored = [part["auroc"]["value"] for part in result["sources"].values() if part["auroc"]["value"] is not None and part["n"] >= 100]
+            scored = [part["auroc"]["value"] for part in result["sources"].values()
+                      if part["auroc"]["value"] is not None and part["n"] >= 100]
             if scored:
                 span = f"{min(scored):.2f} – {max(scored):.2f}" if len(scored) > 1 else f"{scored[0]:.2f}"
-                tiles.append((span, f"AUROC of the detector, {len(scored)} source{'s' * (len(scored) > 1)} of 100 answers or more; intervals below"))
+                tiles.append((span, f"AUROC of the detector, {len(scored)} source{'s' * (len(scored) > 1)} of 100 answers or more; "
+                                    "intervals below"))
     return tiles[:8]
 
 
@@ -273,17 +331,20 @@ def html(results):
             rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table["rows"])
             body.append(f'<h2 id="{anchor}">{escape(table["title"])}</h2>')
             if i == 0 and figures:
-                body.append('<div class=figures>' + "".join(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" for caption, svg in figures.values()) + "</div>")
+                body.append("<div class=figures>" + "".join(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+                                                            for caption, svg in figures.values()) + "</div>")
             body.append(f'<div class=table tabindex=0><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
                         f'<p class=notes>{escape(" ".join(table["notes"]))}</p>')
     tiles = "".join(f"<div class=tile><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in _tiles(results))
     nav = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title in titles)
     run = next((result["run"] for result in results.values() if result.get("run")), {})
-    foot = " · ".join(filter(None, [run.get("cpu"), f"{run['cores']} cores" if run.get("cores") else "", f"commit {run['commit'][:12]}" if run.get("commit") else "",
+    foot = " · ".join(filter(None, [run.get("cpu"), f"{run['cores']} cores" if run.get("cores") else "",
+                                    f"commit {run['commit'][:12]}" if run.get("commit") else "",
                                     ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())]))
-    return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>MLLM-Protector: evaluation</title>'
-            f"<style>{_STYLE}</style><main><h1>What the guard changes</h1><p class=lead>Answers of multimodal models before and after MLLM-Protector: attacks that still work, "
-            f"what harmless answers pay, and how good detector, detoxifier and judge are. Every rate stands with its n and its interval.</p>"
+    return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width,initial-scale=1\">"
+            f"<title>MLLM-Protector: evaluation</title><style>{_STYLE}</style><main><h1>What the guard changes</h1>"
+            "<p class=lead>Answers of multimodal models before and after MLLM-Protector: attacks that still work, what harmless answers "
+            "pay, and how good detector, detoxifier and judge are. Every rate stands with its n and its interval.</p>"
             f"<div class=tiles>{tiles}</div><nav>{nav}</nav>{''.join(body)}<footer>{escape(foot)}</footer></main></html>\n")
 
 
@@ -299,7 +360,8 @@ def write(results, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     results = record.plain(results)
-    (folder / "tables.md").write_text("\n".join(markdown(table) for _, _, tables in tables_of(results) for table in tables), encoding="utf-8")
+    text = "\n".join(markdown(table) for _, _, tables in tables_of(results) for table in tables)
+    (folder / "tables.md").write_text(text, encoding="utf-8")
     for name, result in results.items():
         for stem, (_, svg) in figures_of(name, result).items():
             # Alone in a file it has no page around it: each colour becomes its fallback.

@@ -82,7 +82,8 @@ def gather(paths):
 
     Args:
         paths: a folder holds dev_pairs, dev_benign_mllm, train_pairs and train_pairs_nc (.jsonl.gz), any of them absent; a
-            file or wheel holds rows to measure on; a folder that `protector split` made holds train, judge and measure.jsonl. The baseline learns from "own" where no folder has train_pairs.
+            file or wheel holds rows to measure on; a folder that `protector split` made holds train, judge and
+            measure.jsonl. The baseline learns from "own" where no folder has train_pairs.
     Raises:
         DataError: nothing to measure on.
     """

@@ -14,11 +14,11 @@ from .replay import guard_rows
 from .rows import Row, by_source, fingerprint
 
 
-def seconds_per_token(n_tokens=48, path=None):
+def seconds_per_token(n_tokens=48):
     """Time per token of the base model writing on this machine; an MLLM, some fifty times its size, is slower."""
     from .base_model import BaseModel
 
-    model = BaseModel(path)
+    model = BaseModel()
     prompt = model.template.prefix(model.template.encode("Describe a kitchen."))
     filler = model.template.encode("A kitchen has a table, a sink and a window. " * 20)[:n_tokens + 1]
     with model.context.lock:
@@ -69,7 +69,8 @@ def evaluate(guard, rows, seconds_per_token=None, progress=False):
     models = sorted({outcome.row.model for outcome in outcomes if outcome.row.model})
     return {"kind": "utility", "detector": described(guard), "on_flag": guard.on_flag, "data_sha256": fingerprint(rows),
             "time_against": None if not seconds_per_token else
-            f"the base model writing the same tokens on this machine, {1 / seconds_per_token:.0f} tokens/s; an MLLM is slower, so its percentage is lower",
+            f"the base model writing the same tokens on this machine, {1 / seconds_per_token:.0f} tokens/s; an MLLM is slower, "
+            "so its percentage is lower",
             "sources": {source: summary(part, seconds_per_token) for source, part in sources.items() if part},
             "models": {name: summary([o for o in outcomes if o.row.model == name], seconds_per_token) for name in models}}
 
@@ -114,8 +115,8 @@ def read_exact(questions, answers):
     try:
         if isinstance(table, dict) and "question_id" not in table:
             name = "ScienceQA" if all("choices" in row for row in table.values()) else "GQA"
-            golds = {key: (row["question"], "ABCDEFGH"[row["answer"]] if name == "ScienceQA" else str(row["answer"]), tuple(row.get("choices", ())))
-                     for key, row in table.items()}
+            golds = {key: (row["question"], "ABCDEFGH"[row["answer"]] if name == "ScienceQA" else str(row["answer"]),
+                           tuple(row.get("choices", ()))) for key, row in table.items()}
         else:
             name, rows = "POPE", [json.loads(line) for line in text.splitlines() if line.strip()]
             golds = {str(row["question_id"]): (row["text"], row["label"], ()) for row in rows}
@@ -139,8 +140,8 @@ def is_right(name, item, text):
         words = re.findall(r"\w+", text.split(".")[0].lower())
         return ("no" if {"no", "not"} & set(words) else "yes") == item.gold.lower()
     if name == "ScienceQA":
-        match = re.fullmatch(r"\(?([A-H])\)?\.?", text.strip()) or re.search(r"answer is:?\s*\(?([A-H])\b", text, re.IGNORECASE) or re.match(
-            r"\(?([A-H])[).:]\s", text.strip())
+        match = (re.fullmatch(r"\(?([A-H])\)?\.?", text.strip()) or re.search(r"answer is:?\s*\(?([A-H])\b", text, re.IGNORECASE)
+                 or re.match(r"\(?([A-H])[).:]\s", text.strip()))
         return bool(match) and match.group(1).upper() == item.gold
     return _gqa(text) == _gqa(item.gold)
 
