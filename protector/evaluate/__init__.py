@@ -168,6 +168,20 @@ class _Evaluation:
         return judge
 
     @property
+    def relevance(self):
+        return self._once("relevance", self._new_relevance)
+
+    def _new_relevance(self):
+        from . import relevance
+        from .endpoint import Endpoint
+        from .replay import fewest
+
+        config = self.config
+        if not config.judge_url:
+            return relevance.train_offline(*self.split, self.embed)
+        return relevance.ask_endpoint(Endpoint(config.judge_url, config.judge_model), fewest(self.rows.pairs, 20), config.workers)
+
+    @property
     def client(self):
         from .mllm import Cached
 
@@ -212,7 +226,8 @@ class _Evaluation:
 
         result, outcomes = replay.evaluate(self.guard, replay.fewest(self.split[1], self.config.most), self.judge, self.progress)
         yield "replay", result
-        yield "rewrites", rewrites.evaluate(outcomes, self.judge, self.embed, BaseModel(n_threads=self.config.threads or None))
+        yield "rewrites", rewrites.evaluate(outcomes, self.judge, self.embed, self.relevance,
+                                            BaseModel(n_threads=self.config.threads or None))
 
     def measure_utility(self):
         from . import replay, utility
