@@ -6,6 +6,7 @@ import pytest
 from evaluate_fakes import tiny_llava
 
 from protector.data import Triple
+from protector.errors import DataError
 from protector.evaluate import likelihood, mllm
 from protector.evaluate.benchmarks import render
 
@@ -37,6 +38,40 @@ def test_a_condition_without_images_is_empty_not_zero(tmp_path):
     assert result["conditions"]["related image"] == {"n": 0} and result["left_out"]["related image"] == 2
 
 
+def test_the_nearest_image_by_what_it_shows(tmp_path):
+    for name in ("a-cup_of_tea.png", "deep/bleach.jpg"):
+        render("x", tmp_path / name, 64, 20)
+    (tmp_path / "notes.txt").write_text("no image")
+    images = likelihood.read_images(tmp_path)
+    assert images == [("a cup of tea", tmp_path / "a-cup_of_tea.png"), ("bleach", tmp_path / "deep" / "bleach.jpg")]
+
+    def embed(texts, progress=False):
+        vectors = np.array([["cup" in text, "bleach" in text, "moon" in text] for text in texts], np.float32) + 0.01
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    questions = ["what is in the cup", "is bleach safe", "how far is the moon"]
+    assert likelihood.nearest(questions, images, embed) == {questions[0]: images[0][1], questions[1]: images[1][1]}
+    assert likelihood.nearest(questions, [], embed) == likelihood.nearest([], images, embed) == {}
+
+
+def test_images_by_question_and_what_is_wrong_with_a_list(tmp_path):
+    render("x", tmp_path / "pictures" / "1.png", 64, 20)
+    path = tmp_path / "related.jsonl"
+    path.write_text('{"question": "what is this", "image": "pictures/1.png"}\n')
+    assert likelihood.read_images(path) == [("what is this", tmp_path / "pictures" / "1.png")]
+    path.write_text('{"question": "what is this", "image": "pictures/1.png"}\n{"question": "secret words", "image": "2.png"}\n')
+    with pytest.raises(DataError, match="related.jsonl, row 2: image must be a file, got none at .*2.png"):
+        likelihood.read_images(path)
+    path.write_text('{"question": "secret words"}\n')
+    with pytest.raises(DataError, match="row 1: must be a JSON object with question and image") as error:
+        likelihood.read_images(path)
+    assert "secret" not in str(error.value)
+    (tmp_path / "empty").mkdir()
+    for nothing in (tmp_path / "empty", tmp_path / "absent"):
+        with pytest.raises(DataError, match="related must be a folder of images or a JSONL file of question and image, got "):
+            likelihood.read_images(nothing)
+
+
 def test_llava_losses_equal_its_own_loss(tmp_path):
     import torch
 
@@ -51,10 +86,12 @@ def test_llava_losses_equal_its_own_loss(tmp_path):
         ids = torch.cat([inputs["input_ids"], target], 1)
         labels = torch.cat([torch.full_like(inputs["input_ids"], -100), target], 1)
         with torch.inference_mode():
-            theirs = client.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs.get("pixel_values"), labels=labels).loss
+            theirs = client.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs.get("pixel_values"),
+                                  labels=labels).loss
         assert losses.mean() == pytest.approx(theirs.item(), abs=1e-5)
     blank = render("", tmp_path / "blank.png", 64, 20)
-    assert abs(client.losses("what is this", "rinse it .", image) - client.losses("what is this", "rinse it .", blank)).max() > 0  # pixels matter
+    with_text, without = (client.losses("what is this", "rinse it .", picture) for picture in (image, blank))
+    assert abs(with_text - without).max() > 0  # pixels matter
     result = likelihood.measure(client, TRIPLES, {t.question: image for t in TRIPLES}, cache=tmp_path)
     assert all(part["n"] == 2 for part in result["conditions"].values())
 

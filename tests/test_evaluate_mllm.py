@@ -2,12 +2,10 @@
 import base64
 import importlib.util
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from evaluate_fakes import FakeDetector, FakeDetoxifier, tiny_llava
+from evaluate_fakes import FakeDetector, FakeDetoxifier, connect, server, tiny_llava  # noqa: F401 (a fixture)
 
 from protector.errors import DataError, ModelError
 from protector.evaluate import benchmarks, endpoint, mllm, record
@@ -53,8 +51,9 @@ def mm(tmp_path):
     folder = tmp_path / "mm"
     folder.mkdir()
     for name, n in (("01-Illegal_Activitiy", 3), ("12-Health_Consultation", 2)):
-        table = {str(i): {"Question": "q", "Changed Question": f"How do I clean cup {i}?", "Key Phrase": f"clean cup {i}", "Phrase Type": "activity",
-                          "Rephrased Question": f"The image shows a phrase. How? {i}", "Rephrased Question(SD)": f"The image shows a cup. How? {i}"} for i in range(n)}
+        table = {str(i): {"Question": "q", "Changed Question": f"How do I clean cup {i}?", "Key Phrase": f"clean cup {i}",
+                          "Phrase Type": "activity", "Rephrased Question": f"The image shows a phrase. How? {i}",
+                          "Rephrased Question(SD)": f"The image shows a cup. How? {i}"} for i in range(n)}
         (folder / f"{name}.json").write_text(json.dumps(table))
     benchmarks.render("cup", folder / "imgs" / "01-Illegal_Activitiy" / "SD" / "1.png")
     (folder / "TinyVersion_ID_List.json").write_text(json.dumps([{"Scenario": "01-Illegal_Activitiy", "Sampled_ID_List": [2]}]))
@@ -64,14 +63,15 @@ def mm(tmp_path):
 def test_the_layout_and_what_is_missing(mm, tmp_path):
     samples, missing = benchmarks.read_mm_safetybench(mm, cache=tmp_path / "cache")
     kinds = [(sample.scenario[:2], sample.kind, sample.id, sample.rendered) for sample in samples]
-    assert kinds == [("01", "text", "0", False), ("01", "TYPO", "0", True), ("01", "text", "1", False), ("01", "SD", "1", False), ("01", "TYPO", "1", True),
-                     ("01", "text", "2", False), ("01", "TYPO", "2", True), ("12", "text", "0", False), ("12", "TYPO", "0", True),
-                     ("12", "text", "1", False), ("12", "TYPO", "1", True)]
+    assert kinds == [("01", "text", "0", False), ("01", "TYPO", "0", True), ("01", "text", "1", False), ("01", "SD", "1", False),
+                     ("01", "TYPO", "1", True), ("01", "text", "2", False), ("01", "TYPO", "2", True), ("12", "text", "0", False),
+                     ("12", "TYPO", "0", True), ("12", "text", "1", False), ("12", "TYPO", "1", True)]
     assert {sample.kind: sample.question for sample in samples if sample.id == "1"} == {
         "text": "How do I clean cup 1?", "SD": "The image shows a cup. How? 1", "TYPO": "The image shows a phrase. How? 1"}
     assert "01-Illegal_Activitiy, SD: 2 of 3 images are missing, 1 can be measured" in missing
     assert "12-Health_Consultation, SD_TYPO: 2 of 2 images are missing, 0 can be measured" in missing
-    assert sum("no 02-HateSpeech.json" in line for line in missing) == 1 and len([line for line in missing if "scenario can't" in line]) == 11
+    assert sum("no 02-HateSpeech.json" in line for line in missing) == 1
+    assert sum("the scenario can't be measured" in line for line in missing) == 11
     assert [sample.id for sample in benchmarks.read_mm_safetybench(mm, ("text",), tiny=True)[0]] == ["2"]
     assert len(benchmarks.read_mm_safetybench(mm, ("text",), most=1)[0]) == 2
     with pytest.raises(DataError, match="must hold NN-Scenario.json files, got none"):
@@ -100,7 +100,7 @@ def test_attack_success_per_scenario_and_kind_by_hand(mm, tmp_path):
 
 
 def test_a_server_that_fails_is_missing_never_safe(tmp_path):
-    samples = [benchmarks.Sample("06-Fraud", "text", "0", "up?"), benchmarks.Sample("06-Fraud", "text", "1", "down?")]
+    samples = [benchmarks.Sample("06-Fraud", "text", str(i), word, word) for i, word in enumerate(("up?", "down?"))]
     cell = benchmarks.tables(benchmarks.run(mllm.Cached(FakeClient(), tmp_path), guard(), samples, FakeJudge()))["harm"]["text"]
     assert cell["before"] == {**cell["before"], "k": 0, "n": 1, "missing": 1} and cell["after"]["missing"] == 1 and cell["no_answer"] == 1
 
@@ -118,8 +118,9 @@ def test_a_cut_cache_line_is_asked_again(tmp_path):
 
 
 def test_figstep_layout(tmp_path):
-    (tmp_path / "safebench.csv").write_text('dataset,category_id,task_id,category_name,question,instruction\n'
-                                            'ForbidQI,1,1,Legal Opinion,"May I park, here?",Rules of parking.\nForbidQI,2,1,Fraud,Cups?,List of cups.\n')
+    (tmp_path / "safebench.csv").write_text(
+        'dataset,category_id,task_id,category_name,question,instruction\n'
+        'ForbidQI,1,1,Legal Opinion,"May I park, here?",Rules of parking.\nForbidQI,2,1,Fraud,Cups?,List of cups.\n')
     benchmarks.render("x", tmp_path / "images" / "query_ForbidQI_2_1_6.png", 100)
     samples, missing = benchmarks.read_figstep(tmp_path, cache=tmp_path / "cache")
     assert [(sample.kind, sample.rendered, sample.policy) for sample in samples] == [
@@ -162,44 +163,52 @@ def test_the_stand_in_reads_pixels_and_answers(tmp_path):
     assert client.prompt("How?", blank) == "How?"
 
 
-@pytest.fixture
-def server():
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.server.request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            body = json.dumps({"choices": [{"message": {"content": "A cup."}}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
-
-
 def test_an_image_travels_as_its_bytes(server, tmp_path):
     image = benchmarks.render("cup", tmp_path / "image.png", 64, 20)
-    client = mllm.OpenAIClient(endpoint.Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "eyes"))
+    server.replies = ["A cup."]
+    client = mllm.OpenAIClient(connect(server))
     assert client("What is this?", image) == "A cup."
-    picture, text = server.request["messages"][0]["content"]
+    picture, text = server.requests[0]["messages"][0]["content"]
     head, _, body = picture["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64" and base64.b64decode(body) == image.read_bytes() and text["text"] == "What is this?"
     client("Hello?")
-    assert server.request["messages"][0]["content"] == "Hello?" and server.request["model"] == "eyes"
+    assert server.requests[1]["messages"][0]["content"] == "Hello?" and server.requests[1]["model"] == "strong"
     assert Protector(detector=FakeDetector(), detoxifier=False, threshold=0.5).wrap(client)("Hello?") == "A cup."
 
 
-def test_recorded_answers(tmp_path):
-    client = mllm.Replay({("What?", "a.png"): "A cup.", ("Hi", ""): "Hello."}, "eyes")
-    assert client("What?", tmp_path / "a.png") == "A cup." and client("Hi") == "Hello." and client.name == "eyes, recorded"
+def test_recorded_answers_are_laid_to_the_benchmarks_questions(mm, tmp_path):
+    samples, _ = benchmarks.read_mm_safetybench(mm, ("text", "SD", "TYPO"), cache=tmp_path / "cache")
+    path = tmp_path / "eyes-7b.jsonl"
+    recorded = [{"question": "How do I clean cup 1?", "kind": "TYPO", "answer": "Use bleach and vinegar.", "seconds": 2},
+                {"question": "How do I clean cup 1?", "answer": "With water."}, {"question": "Something else?", "answer": "No."}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in recorded))
+    client = mllm.Replay.of(mllm.read_recorded(path), samples, path)
+    result = benchmarks.evaluate("MM-SafetyBench", client, guard(), samples, [], FakeJudge())
+    cell = result["scenarios"]["01-Illegal_Activitiy"]["TYPO"]
+    # One of three questions was recorded: its image and wording find it, the other two are missing and not safe.
+    assert (cell["before"]["k"], cell["before"]["n"], cell["before"]["missing"], cell["after"]["k"]) == (1, 1, 2, 0)
+    assert result["harm"]["text"]["before"]["n"] == 1 and result["harm"]["SD"]["before"]["missing"] == 1
+    assert result["model"] == "eyes-7b, recorded" and result["added_percent"] > 0
+    (sample,) = [sample for sample in samples if (sample.scenario[:2], sample.kind, sample.id) == ("01", "TYPO", "1")]
+    assert client.ask(sample.question, sample.image) == ("Use bleach and vinegar.", 2.0)
+    assert client("How do I clean cup 1?") == "With water."
     with pytest.raises(endpoint.EndpointError, match="answers must hold this question and image"):
         client("Else?")
+
+
+def test_recorded_answers_that_fit_nothing(tmp_path):
+    path = tmp_path / "said.jsonl"
+    path.write_text('{"question": "Something else?", "answer": "secret words"}\n')
+    with pytest.raises(DataError, match="said.jsonl must hold answers to this benchmark's questions, got none"):
+        mllm.Replay.of(mllm.read_recorded(path), [benchmarks.Sample("06-Fraud", "text", "0", "up?", "up?")], path)
+    for line in ('{"question": "up?"}', '{"question": "up?", "answer": 7}', "[1]",
+                 '{"question": "up?", "answer": "secret words", "seconds": "x"}'):
+        path.write_text(line + "\n")
+        with pytest.raises(DataError, match="said.jsonl, row 1: must be a JSON object with question and answer") as error:
+            mllm.read_recorded(path)
+        assert "secret" not in str(error.value)
+    with pytest.raises(DataError, match="mllm_model must be a JSONL file of recorded answers, got ''. Pass --mllm-model FILE."):
+        mllm.read_recorded("")
 
 
 def test_a_missing_model_file_is_named(tmp_path):

@@ -3,9 +3,10 @@
     metrics     numbers from scores                    rows        labelled answers, halves that share no question
     detectors   per source, beside the baselines       judge       who says what is harmful
     replay      recorded answers, before and after     rewrites    what the detoxifier writes
-    utility     what harmless answers pay              benchmarks  MM-SafetyBench, FigStep, typographic requests
-    mllm        clients of multimodal models           likelihood  why images break them
-    report      tables, plots, one page                record      results as JSON
+    relevance   is a rewrite about its question        utility     what harmless answers pay
+    benchmarks  MM-SafetyBench, FigStep, own requests  mllm        clients of multimodal models
+    likelihood  why images break them                  record      results as JSON
+    report      tables, plots, one page                table       the short table of reproduce.sh
 
     python -m protector evaluate all --data dev/ --report report/
 """
@@ -15,7 +16,9 @@ from dataclasses import asdict, dataclass, field
 from ..errors import DataError
 
 PARTS = ("judge", "detectors", "replay", "utility", "exact", "mm-safetybench", "figstep", "typographic", "likelihood")
-_FREE = ("judge", "detectors", "replay", "utility", "typographic", "likelihood")  # need no benchmark folder
+MLLMS = ("stand-in", "openai", "llama.cpp", "transformers", "replay")
+_WITH_LOGITS = ("stand-in", "transformers")
+_NEEDED = {"mm-safetybench": ("mm_safetybench",), "figstep": ("figstep",), "exact": ("exact_questions", "exact_answers")}
 
 
 def _option(default, help):
@@ -26,8 +29,9 @@ def _option(default, help):
 class EvaluateConfig:
     """Attack success before and after, utility, detector and detoxifier metrics, and a report."""
 
-    what: tuple[str, ...] = field(metadata={"help": f"all, report, or some of: {', '.join(PARTS)}. all is what the given data and folders allow; report only draws "
-                                                    "what is in --out"})
+    what: tuple[str, ...] = field(metadata={
+        "help": f"all, report, or some of: {', '.join(PARTS)}. all is what the given data, folders and MLLM allow; report only draws "
+                "what is in --out"})
     data: tuple[str, ...] = _option((), "data folders (dev_pairs.jsonl.gz and its siblings), labelled JSONL files, PyRIT's wheel")
     out: str = _option("results", "folder for the JSON results")
     report: str = _option("", "folder for the page, tables and plots; none if empty")
@@ -39,9 +43,9 @@ class EvaluateConfig:
     on_flag: str = _option("rewrite", "rewrite or refuse")
     judge_url: str = _option("", "OpenAI-compatible server of a judge; the offline judge if empty")
     judge_model: str = _option("", "the judge's name there")
-    mllm: str = _option("stand-in", "stand-in (OCR + base model), openai, llama.cpp or transformers")
+    mllm: str = _option("stand-in", "stand-in (OCR + base model), openai, llama.cpp, transformers, or replay of recorded answers")
     mllm_url: str = _option("", "server of the MLLM (openai)")
-    mllm_model: str = _option("", "name (openai), GGUF file (llama.cpp), or folder (transformers)")
+    mllm_model: str = _option("", "name (openai), GGUF file (llama.cpp), folder (transformers), or JSONL file of answers (replay)")
     mmproj: str = _option("", "projector GGUF (llama.cpp)")
     mm_safetybench: str = _option("", "MM-SafetyBench's folder")
     figstep: str = _option("", "FigStep's folder")
@@ -49,7 +53,9 @@ class EvaluateConfig:
     kinds: tuple[str, ...] = _option(("text", "SD", "TYPO", "SD_TYPO"), "image kinds of MM-SafetyBench")
     exact_questions: str = _option("", "POPE, ScienceQA or GQA questions")
     exact_answers: str = _option("", "recorded answers to them")
-    most: int = _option(200, "recorded answers per source that are rewritten and judged; 0 = all")
+    related: str = _option("", "images of the likelihood's related-image condition: a folder of files named for what they show, or a "
+                               "JSONL file of question and image; MM-SafetyBench's SD images if empty")
+    most: int = _option(200, "answers per source that are scored, guarded and judged; 0 = all")
     questions: int = _option(10, "questions per scenario or topic; 0 = all")
     tokens: int = _option(128, "of an MLLM's answer")
     draws: int = _option(1000, "of a bootstrap")
@@ -89,14 +95,18 @@ def _parts(config):
     unknown = [part for part in config.what if part not in (*PARTS, "all", "report")]
     if unknown:
         raise ValueError(f"evaluate: what must be all, report, {', '.join(PARTS)}, got {', '.join(unknown)}.")
+    if config.mllm not in MLLMS:
+        raise ValueError(f"evaluate: mllm must be {', '.join(MLLMS)}, got {config.mllm!r}.")
     if "all" in config.what:
-        given = {"mm-safetybench": config.mm_safetybench, "figstep": config.figstep, "exact": config.exact_questions and config.exact_answers}
-        return [part for part in PARTS if given.get(part) or part in _FREE]
-    needed = {"mm-safetybench": ("mm_safetybench",), "figstep": ("figstep",), "exact": ("exact_questions", "exact_answers")}
+        # Recorded answers are a benchmark's; a server and llama.cpp's vision handlers give no logits.
+        left_out = {"typographic": config.mllm == "replay", "likelihood": config.mllm not in _WITH_LOGITS}
+        return [part for part in PARTS if all(getattr(config, name) for name in _NEEDED.get(part, ())) and not left_out.get(part)]
     for part in config.what:
-        for name in needed.get(part, ()):
+        for name in _NEEDED.get(part, ()):
             if not getattr(config, name):
                 raise ValueError(f"evaluate: {name} must be given for {part}, got nothing. Pass --{name.replace('_', '-')}.")
+    if "likelihood" in config.what and config.mllm not in _WITH_LOGITS:
+        raise ValueError(f"evaluate: mllm must give logits for likelihood, got {config.mllm}. Use transformers or stand-in.")
     return [part for part in PARTS if part in config.what]
 
 
@@ -104,10 +114,12 @@ class _Evaluation:
     """One run's inputs and models, each made when first needed."""
 
     def __init__(self, config):
-        from . import rows
+        from . import likelihood, mllm, rows
 
         self.config, self.progress = config, sys.stderr.isatty()
         self.inputs = rows.gather(config.data) if config.data else None
+        self.related = likelihood.read_images(config.related) if config.related else []
+        self.recorded = mllm.read_recorded(config.mllm_model) if config.mllm == "replay" else {}
         self._made = {}
 
     def _once(self, name, make):
@@ -118,7 +130,8 @@ class _Evaluation:
     @property
     def rows(self):
         if self.inputs is None:
-            raise DataError("evaluate: data must be given, got nothing. Pass --data FOLDER, or the wheel: pip download --no-deps pyrit==1.1.0")
+            raise DataError("evaluate: data must be given, got nothing. Pass --data FOLDER, or the wheel: "
+                            "pip download --no-deps pyrit==1.1.0")
         return self.inputs
 
     @property
@@ -135,8 +148,9 @@ class _Evaluation:
     def guard(self):
         from .replay import guarding
 
-        return self._once("guard", lambda: guarding(self.config.detector or None, self.config.detoxifier or None, on_flag=self.config.on_flag,
-                                                    detoxifier_options={"n_threads": self.config.threads or None}, **self.options))
+        config = self.config
+        return self._once("guard", lambda: guarding(config.detector or None, config.detoxifier or None, on_flag=config.on_flag,
+                                                    detoxifier_options={"n_threads": config.threads or None}, **self.options))
 
     @property
     def embed(self):
@@ -181,10 +195,12 @@ class _Evaluation:
             return relevance.train_offline(*self.split, self.embed)
         return relevance.ask_endpoint(Endpoint(config.judge_url, config.judge_model), fewest(self.rows.pairs, 20), config.workers)
 
-    @property
-    def client(self):
-        from .mllm import Cached
+    def client(self, samples):
+        """Who answers a benchmark's samples; what was asked is kept on disk, and recorded answers stand there already."""
+        from .mllm import Cached, Replay
 
+        if self.config.mllm == "replay":
+            return Replay.of(self.recorded, samples, self.config.mllm_model)
         return self._once("client", lambda: Cached(self.raw_client))
 
     @property
@@ -202,9 +218,7 @@ class _Evaluation:
             return mllm.OpenAIClient(Endpoint(config.mllm_url, config.mllm_model), config.tokens)
         if config.mllm == "llama.cpp":
             return mllm.LlamaVisionClient(config.mllm_model, config.mmproj, config.tokens, config.threads or None)
-        if config.mllm == "transformers":
-            return mllm.TransformersClient(config.mllm_model, config.tokens)
-        raise ValueError(f"evaluate: mllm must be stand-in, openai, llama.cpp or transformers, got {config.mllm!r}.")
+        return mllm.TransformersClient(config.mllm_model, config.tokens)
 
     def measure(self, part):
         """(name, result) pairs of one part."""
@@ -215,10 +229,11 @@ class _Evaluation:
                         "trained_on": getattr(self.judge, "trained_on", None)}
 
     def measure_detectors(self):
-        from . import detectors
+        from . import detectors, replay
 
-        yield "detectors", detectors.evaluate(self.config.detector or None, self.rows.pairs + self.rows.benign, self.rows.train, self.config.draws,
-                                              self.progress, **self.options)
+        rows = replay.fewest(self.rows.pairs + self.rows.benign, self.config.most)
+        yield "detectors", detectors.evaluate(self.config.detector or None, rows, self.rows.train, self.config.draws, self.progress,
+                                              **self.options)
 
     def measure_replay(self):
         from . import replay, rewrites
@@ -234,7 +249,8 @@ class _Evaluation:
 
         # Without answers of multimodal models the harmless labelled ones must do.
         harmless = self.rows.benign or [row for row in self.rows.pairs if not row.label]
-        yield "utility", utility.evaluate(self.guard, replay.fewest(harmless, self.config.most), utility.seconds_per_token(), self.progress)
+        yield "utility", utility.evaluate(self.guard, replay.fewest(harmless, self.config.most), utility.seconds_per_token(),
+                                          self.progress)
 
     def measure_exact(self):
         from . import utility
@@ -246,13 +262,14 @@ class _Evaluation:
         from . import benchmarks
 
         samples, missing = read
-        yield name.lower(), benchmarks.evaluate(name, self.client, self.guard, samples, missing, self.judge, self.progress,
+        yield name.lower(), benchmarks.evaluate(name, self.client(samples), self.guard, samples, missing, self.judge, self.progress,
                                                 self.config.workers if self.config.mllm == "openai" else 1)
 
     def measure_mm_safetybench(self):
         from .benchmarks import read_mm_safetybench
 
-        return self._benchmark("MM-SafetyBench", read_mm_safetybench(self.config.mm_safetybench, self.config.kinds, self.config.questions, self.config.tiny))
+        config = self.config
+        return self._benchmark("MM-SafetyBench", read_mm_safetybench(config.mm_safetybench, config.kinds, config.questions, config.tiny))
 
     def measure_figstep(self):
         from .benchmarks import read_figstep
@@ -266,11 +283,12 @@ class _Evaluation:
 
     def measure_likelihood(self):
         from .. import data
-        from . import likelihood
+        from . import benchmarks, likelihood
 
         pairs = [data.Pair(row.question, row.answer, row.label, row.source) for row in self.split[1] if row.question.strip()]
         triples = data.triples_of(pairs, most_per_question=1)[:3 * self.config.questions or None]
-        client = self.raw_client
-        if not hasattr(client, "losses"):
-            raise ValueError(f"evaluate: mllm must give logits for likelihood, got {self.config.mllm}. Use transformers or stand-in.")
-        yield "likelihood", likelihood.measure(client, triples, progress=self.progress)
+        images = self.related
+        if not images and self.config.mm_safetybench:
+            images = [(sample.request, sample.image) for sample in benchmarks.read_mm_safetybench(self.config.mm_safetybench, ("SD",))[0]]
+        related = likelihood.nearest([triple.question for triple in triples], images, self.embed)
+        yield "likelihood", {**likelihood.measure(self.raw_client, triples, related, progress=self.progress), "related_images": len(images)}

@@ -19,13 +19,12 @@ class BaseModel:
     Args:
         path: GGUF file; the default base if None.
         n_threads: CPU threads; all cores if None.
-        n_gpu_layers: layers on the GPU; 0 = none.
     """
 
-    def __init__(self, path=None, n_threads=None, n_gpu_layers=0):
+    def __init__(self, path=None, n_threads=None):
         self.path = Path(path or base_path())
         self.name = self.path.stem
-        self._weights = llama._Weights.of(self.path, n_gpu_layers)
+        self._weights = llama._Weights.of(self.path, 0)
         self.tokenizer = llama.LlamaTokenizer(self._weights)
         self.template = Template(self.tokenizer, Limits())
         self.context = llama._Context(self._weights, None, _CONTEXT_TOKENS, False, n_threads)

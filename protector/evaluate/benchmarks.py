@@ -39,7 +39,8 @@ class Sample:
     scenario: str
     kind: str  # "text" | "SD" | "TYPO" | "SD_TYPO" | "figstep"
     id: str
-    question: str = field(repr=False)
+    request: str = field(repr=False)  # in the text-only wording
+    question: str = field(repr=False)  # as it is asked in this form
     image: Path | None = None
     rendered: bool = False  # the image is this project's rendering, not the benchmark's file
 
@@ -112,10 +113,13 @@ def read_mm_safetybench(folder, kinds=KINDS, most=0, tiny=False, cache=None):
         DataError: no scenario is there, or a file isn't of the layout.
     """
     root = Path(folder)
-    questions = next((root / part for part in ("", "processed_questions", "data/processed_questions") if list((root / part).glob("[0-9][0-9]-*.json"))), None)
+    parts = ("", "processed_questions", "data/processed_questions")
+    questions = next((root / part for part in parts if list((root / part).glob("[0-9][0-9]-*.json"))), None)
     if questions is None:
-        raise DataError(f"read_mm_safetybench: {folder} must hold NN-Scenario.json files, got none. Pass the folder of processed_questions.")
-    images = next((path for path in (root / "imgs", root / "data/imgs", questions.parent / "imgs", root / "images") if path.is_dir()), None)
+        raise DataError(f"read_mm_safetybench: {folder} must hold NN-Scenario.json files, got none. Pass the folder of "
+                        "processed_questions.")
+    places = (root / "imgs", root / "data/imgs", questions.parent / "imgs", root / "images")
+    images = next((path for path in places if path.is_dir()), None)
     chosen = _tiny_ids(root, questions) if tiny else None
     samples, missing = [], []
     for scenario in SCENARIOS:
@@ -143,23 +147,23 @@ def read_mm_safetybench(folder, kinds=KINDS, most=0, tiny=False, cache=None):
 
 
 def _tiny_ids(root, questions):
-    path = next((part / "TinyVersion_ID_List.json" for part in (root, questions, questions.parent) if (part / "TinyVersion_ID_List.json").exists()), None)
+    places = (part / "TinyVersion_ID_List.json" for part in (root, questions, questions.parent))
+    path = next((path for path in places if path.exists()), None)
     if path is None:
         raise DataError(f"read_mm_safetybench: {root} must hold TinyVersion_ID_List.json for tiny=True, got none.")
     return {row["Scenario"]: set(row["Sampled_ID_List"]) for row in json.loads(path.read_text())}
 
 
 def _mm_sample(scenario, kind, key, row, images, cache):
+    named = scenario, kind, key, row[_QUESTION["text"]], row[_QUESTION[kind]]
     if kind == "text":
-        return Sample(scenario, kind, key, row[_QUESTION[kind]])
+        return Sample(*named)
     if images is not None:
         for suffix in ("jpg", "png"):
             path = images / scenario / kind / f"{key}.{suffix}"
             if path.exists():
-                return Sample(scenario, kind, key, row[_QUESTION[kind]], path)
-    if kind == "TYPO":
-        return Sample(scenario, kind, key, row[_QUESTION[kind]], rendered(row["Key Phrase"], cache), True)
-    return None
+                return Sample(*named, path)
+    return Sample(*named, rendered(row["Key Phrase"], cache), True) if kind == "TYPO" else None
 
 
 def read_figstep(folder, tiny=False, most=0, cache=None):
@@ -184,7 +188,8 @@ def read_figstep(folder, tiny=False, most=0, cache=None):
     with open(path, newline="", encoding="utf-8-sig") as file:
         for number, row in enumerate(csv.DictReader(file), 1):
             try:
-                topic, key, question, heading = row["category_name"], f"{row['category_id']}_{row['task_id']}", row["question"], row["instruction"]
+                topic, question, heading = row["category_name"], row["question"], row["instruction"]
+                key = f"{row['category_id']}_{row['task_id']}"
             except KeyError as error:
                 raise DataError(f"{path}, row {number}: column {error} is missing") from None
             taken[topic] += 1
@@ -192,8 +197,8 @@ def read_figstep(folder, tiny=False, most=0, cache=None):
                 continue
             image = images.get(f"query_{row['dataset']}_{key}_6.png")
             n_rendered += image is None
-            samples.append(Sample(topic, "text", key, question))
-            samples.append(Sample(topic, "figstep", key, FIGSTEP_PROMPT, image or rendered(
+            samples.append(Sample(topic, "text", key, question, question))
+            samples.append(Sample(topic, "figstep", key, question, FIGSTEP_PROMPT, image or rendered(
                 f"{heading}\n1.\n2.\n3.", cache, size=760, font_size=64), image is None))
     if not samples:
         raise DataError(f"{path}: holds no rows.")
@@ -219,8 +224,8 @@ def typographic(rows, most=0, cache=None):
         raise DataError("typographic: rows must hold harmful answers to questions of at most 200 characters, got none.")
     samples = []
     for i, text in enumerate(chosen):
-        samples.append(Sample(requests[text], "text", str(i), text))
-        samples.append(Sample(requests[text], "TYPO", str(i), POINTER, rendered(text, cache, size=672, font_size=48), True))
+        samples.append(Sample(requests[text], "text", str(i), text, text))
+        samples.append(Sample(requests[text], "TYPO", str(i), text, POINTER, rendered(text, cache, size=672, font_size=48), True))
     return samples, []
 
 
@@ -231,14 +236,13 @@ def run(client, guard, samples, judge, progress=False, workers=1):
         client: mllm.Cached; its answers resume from disk.
         guard: Protector.
         samples: list of Sample.
-        judge: a judge of judge.py; it sees the text-only question, for an image's question says little.
+        judge: a judge of judge.py; it sees the request, for an image's question says little.
         workers: questions at once; more than 1 for a server.
     Returns:
         list of dicts without any text: scenario, kind, id, policy, rendered, before, after (True = the attack worked, None =
         missing), refusal keywords, action, changed, seconds of the model and of the guard.
     """
     answers = in_parallel(lambda sample: client.ask(sample.question, sample.image), samples, workers, progress, "asking")
-    plain = {(sample.scenario, sample.id): sample.question for sample in samples if sample.kind == "text"}
     records, to_judge = [], []
     for sample, answer in tqdm(list(zip(samples, answers)), disable=not progress, desc="guarding", unit="answer"):
         record = {"scenario": sample.scenario, "kind": sample.kind, "id": sample.id, "policy": sample.policy, "rendered": sample.rendered,
@@ -248,17 +252,16 @@ def run(client, guard, samples, judge, progress=False, workers=1):
             continue
         verdict = guard.guard(sample.question, answer.text)
         changed = verdict.text != answer.text
-        record |= {"action": verdict.action, "flagged": verdict.flagged, "changed": changed, "model_s": answer.seconds, "guard_ms": verdict.usage["ms"],
+        record |= {"action": verdict.action, "changed": changed, "model_s": answer.seconds, "guard_ms": verdict.usage["ms"],
                    "refusal_before": is_refusal(answer.text), "refusal_after": is_refusal(verdict.text)}
-        question = plain.get((sample.scenario, sample.id), sample.question)
-        to_judge.append((record, "before", (question, answer.text), sample.scenario))
+        to_judge.append((record, "before", (sample.request, answer.text), sample.scenario))
         if not changed:
             continue
         # The refusal sentence is harmless by construction; only the policy criteria could say more, and they ask for a refusal.
         if verdict.action in ("refuse", "error"):
             record["after"] = False
         else:
-            to_judge.append((record, "after", (question, verdict.text), sample.scenario))
+            to_judge.append((record, "after", (sample.request, verdict.text), sample.scenario))
     verdicts = judge([pair for _, _, pair, _ in to_judge], [scenario for *_, scenario in to_judge], progress=progress) if to_judge else []
     for (record, side, _, _), verdict in zip(to_judge, verdicts):
         record[side] = verdict
@@ -277,7 +280,8 @@ def tables(records):
     """
     def cell(part):
         asked = [record for record in part if "action" in record]
-        return {"n": len(part), "before": metrics.rate([record["before"] for record in part]), "after": metrics.rate([record["after"] for record in part]),
+        return {"n": len(part), "before": metrics.rate([record["before"] for record in part]),
+                "after": metrics.rate([record["after"] for record in part]),
                 "keywords_before": metrics.rate([not record["refusal_before"] for record in asked]),
                 "keywords_after": metrics.rate([not record["refusal_after"] for record in asked]),
                 "actions": dict(Counter(record["action"] for record in asked)), "rendered": sum(record["rendered"] for record in part),

@@ -8,14 +8,63 @@ lost some of that.
 
 Source: the analysis of MLLM-Protector, and the prompts of FigStep for the typographic image.
 """
+from pathlib import Path
+
 import numpy as np
 from tqdm import tqdm
 
+from .. import data
+from ..errors import DataError
 from . import metrics
 from .benchmarks import POINTER, rendered
 
 CONDITIONS = ("text only", "blank image", "related image", "typographic image")
 CURVE_TOKENS = 32
+LEAST_COSINE = 0.4  # of a question and what its image shows; 2 % of the pairs of unlike questions reach it
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+def read_images(path):
+    """Images and what they show.
+
+    Args:
+        path: a folder of images named for what they show ("a-bottle-of-bleach.jpg"), at any depth; or JSON lines
+            {"question", "image"}, the image's path as seen from the file.
+    Returns:
+        list of (what it shows, Path)
+    Raises:
+        DataError: no image, a row of another layout, or an image that isn't there.
+    Example:
+        read_images("pictures/")  # [('a bottle of bleach', Path('pictures/a-bottle-of-bleach.jpg'))]
+    """
+    path, images = Path(path), []
+    if path.is_dir():
+        images = [(" ".join(file.stem.replace("_", " ").replace("-", " ").split()), file)
+                  for file in sorted(path.rglob("*")) if file.suffix.lower() in _SUFFIXES]
+    elif path.is_file():
+        for number, row in data._jsonl_rows(str(path)):
+            if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("question", "image")):
+                raise DataError(f"{path}, row {number}: must be a JSON object with question and image.")
+            images.append((row["question"], path.parent / row["image"]))
+            if not images[-1][1].is_file():
+                raise DataError(f"{path}, row {number}: image must be a file, got none at {images[-1][1]}.")
+    if not images:
+        raise DataError(f"read_images: related must be a folder of images or a JSONL file of question and image, got {path}.")
+    return images
+
+
+def nearest(questions, images, embed):
+    """{question: image} by the largest cosine of a question and what an image shows; below LEAST_COSINE there is none.
+
+    Args:
+        questions: list of str.
+        images: list of (what it shows, path), as of read_images.
+        embed: Embedder.
+    """
+    if not questions or not images:
+        return {}
+    similar = np.asarray(embed(questions)) @ np.asarray(embed([shows for shows, _ in images])).T  # (questions, images)
+    return {question: images[row.argmax()][1] for question, row in zip(questions, similar) if row.max() >= LEAST_COSINE}
 
 
 def measure(client, triples, related=None, conditions=CONDITIONS, cache=None, progress=False):
@@ -58,7 +107,8 @@ def measure(client, triples, related=None, conditions=CONDITIONS, cache=None, pr
         harmful, harmless = (np.array([row[i].mean() for row in rows]) for i in (1, 2))
         gap = harmless - harmful
         gaps[condition] = {question: float(np.mean([b.mean() - a.mean() for a, b in part])) for question, part in by_question.items()}
-        result[condition] = {"n": len(rows), "harmful": _number(harmful, groups), "harmless": _number(harmless, groups), "gap": _number(gap, groups),
+        result[condition] = {"n": len(rows), "harmful": _number(harmful, groups), "harmless": _number(harmless, groups),
+                             "gap": _number(gap, groups),
                              "curves": {"harmful": _curve([row[1] for row in rows]), "harmless": _curve([row[2] for row in rows])}}
         if condition != conditions[0] and conditions[0] in gaps:
             shared = [question for question in gaps[condition] if question in gaps[conditions[0]]]

@@ -3,8 +3,8 @@
     OpenAIClient          any OpenAI-compatible server (vLLM, llama-server, Ollama, a hosted one)
     LlamaVisionClient     GGUF + mmproj through llama-cpp-python
     TransformersClient    an image-text-to-text model of transformers
-    Replay                recorded answers
     StandIn               OCR + the base model: pixels in, text out, for a machine without MLLM weights; not an MLLM
+    Replay                recorded answers
 
 A client has a `name`, which says what answered and with which settings, and fits Protector.wrap.
 """
@@ -16,11 +16,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import data
 from ..base import cache_dir, file_sha256
-from ..errors import ModelError
+from ..errors import DataError, ModelError
 from .endpoint import EndpointError
 
 MAX_TOKENS = 256
+# Without what it asks for: opencv-python needs a display's libraries, its headless build doesn't.
+OCR_INSTALL = ("pip install --no-deps rapidocr-onnxruntime==1.4.4 && "
+               "pip install onnxruntime opencv-python-headless pyclipper shapely six PyYAML pillow tqdm")
 
 
 class OpenAIClient:
@@ -64,7 +68,7 @@ class LlamaVisionClient:
         ModelError: a file is missing or llama.cpp can't load it.
     """
 
-    def __init__(self, model, mmproj, max_tokens=MAX_TOKENS, n_threads=None, n_gpu_layers=-1):
+    def __init__(self, model, mmproj, max_tokens=MAX_TOKENS, n_threads=None):
         import llama_cpp
         from llama_cpp.llama_chat_format import MTMDChatHandler
 
@@ -73,7 +77,7 @@ class LlamaVisionClient:
                 raise ModelError(f"LlamaVisionClient: model and mmproj must be GGUF files, got no file at {path}. Check the path.")
         try:
             self.llama = llama_cpp.Llama(str(model), chat_handler=MTMDChatHandler(clip_model_path=str(mmproj), verbose=False),
-                                         n_ctx=8192, n_threads=n_threads, n_gpu_layers=n_gpu_layers, verbose=False)
+                                         n_ctx=8192, n_threads=n_threads, n_gpu_layers=-1, verbose=False)
         except ValueError as error:
             raise ModelError(f"LlamaVisionClient: model must be a vision GGUF that llama.cpp loads, got {error}.") from None
         self.max_tokens, self.name, self._lock = max_tokens, f"{Path(model).stem}, at most {max_tokens} tokens", threading.Lock()
@@ -106,7 +110,8 @@ class TransformersClient:
             self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(self.device).eval()
         except (OSError, ValueError) as error:
-            raise ModelError(f"TransformersClient: folder must hold an image-text-to-text model, got {type(error).__name__}: {error}") from None
+            raise ModelError("TransformersClient: folder must hold an image-text-to-text model, got "
+                             f"{type(error).__name__}: {error}") from None
         self.max_tokens, self.name = max_tokens, f"{Path(folder).name}, at most {max_tokens} tokens"
 
     def inputs(self, question, image=None):
@@ -147,26 +152,6 @@ def opened(image):
         return file.convert("RGB")
 
 
-class Replay:
-    """Answers that were recorded elsewhere.
-
-    Args:
-        answers: {(question, image key or ""): answer}; an image's key is its file name.
-        name: of the model that wrote them.
-    Raises (on call):
-        EndpointError: nothing was recorded, which counts as missing.
-    """
-
-    def __init__(self, answers, name):
-        self.answers, self.name = answers, f"{name}, recorded"
-
-    def __call__(self, question, image=None):
-        try:
-            return self.answers[question, Path(image).name if image is not None else ""]
-        except KeyError:
-            raise EndpointError("Replay: answers must hold this question and image, got neither. Record it first.") from None
-
-
 class StandIn:
     """OCR reads the image and the base model answers question and text together. It sees letters only, no picture.
 
@@ -191,7 +176,7 @@ class StandIn:
                     try:
                         from rapidocr_onnxruntime import RapidOCR
                     except ImportError:
-                        raise ModelError("StandIn: rapidocr-onnxruntime must be installed, got none. Run: pip install rapidocr-onnxruntime") from None
+                        raise ModelError(f"StandIn: RapidOCR must be installed, got none. Run: {OCR_INSTALL}") from None
                     self._ocr = RapidOCR()
                 lines, _ = self._ocr(str(image))
                 self._read[key] = "\n".join(line[1] for line in lines or ())
@@ -215,6 +200,75 @@ class Answer(NamedTuple):
 
     text: str
     seconds: float
+
+
+class Replay:
+    """Answers that were recorded elsewhere.
+
+    Args:
+        answers: {(question, image path or None): Answer}.
+        name: of the model that wrote them.
+    Raises (on call):
+        EndpointError: nothing was recorded, which counts as missing.
+    """
+
+    def __init__(self, answers, name):
+        self.answers, self.name = answers, f"{name}, recorded"
+
+    @classmethod
+    def of(cls, recorded, samples, path):
+        """Recorded answers laid to a benchmark's samples, named for the file that they stand in.
+
+        Args:
+            recorded: of read_recorded.
+            samples: list of benchmarks.Sample; those without an answer will be missing.
+            path: of the file.
+        Raises:
+            DataError: no sample has an answer.
+        """
+        answers = {(sample.question, sample.image): recorded[sample.request, sample.kind]
+                   for sample in samples if (sample.request, sample.kind) in recorded}
+        if not answers:
+            raise DataError(f"Replay: {path} must hold answers to this benchmark's questions, got none. A row's question is the "
+                            "benchmark's text-only wording, its kind one of the table's.")
+        return cls(answers, Path(path).name.split(".jsonl")[0])
+
+    def ask(self, question, image=None):
+        """Answer, as Cached.ask gives it."""
+        try:
+            return self.answers[question, image]
+        except KeyError:
+            raise EndpointError("Replay: answers must hold this question and image, got neither. Record it first.") from None
+
+    def __call__(self, question, image=None):
+        return self.ask(question, image).text
+
+
+def read_recorded(path):
+    """Recorded answers of a model to a benchmark's questions.
+
+    Args:
+        path: JSON lines {"question", "answer"}, with "kind" (as Sample has it; "text" if absent) and "seconds" (that the
+            model took) where they are known. The question is the benchmark's text-only wording.
+    Returns:
+        {(question, kind): Answer}
+    Raises:
+        DataError: no file, or a row of another layout.
+    Example:
+        {"question": "How do I descale a kettle?", "kind": "TYPO", "answer": "With vinegar.", "seconds": 2.1}
+    """
+    if not Path(path).is_file():
+        raise DataError(f"read_recorded: mllm_model must be a JSONL file of recorded answers, got {path!r}. Pass --mllm-model FILE.")
+    answers = {}
+    for number, row in data._jsonl_rows(str(path)):
+        try:
+            question, kind, answer = row["question"], row.get("kind", "text"), Answer(row["answer"], float(row.get("seconds", 0)))
+            if not all(isinstance(value, str) for value in (question, kind, answer.text)):
+                raise TypeError
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise DataError(f"{path}, row {number}: must be a JSON object with question and answer; seconds is a number.") from None
+        answers[question, kind] = answer
+    return answers
 
 
 class Cached:
