@@ -97,7 +97,12 @@ evaluate() {
     $PROTECTOR table --runs "$RUNS" --data "${DATA:-$RUNS/data}"
 }
 
+# --- 7. bench: nothing else may run meanwhile; results/bench.json, results/bench_sweep.json, results/head_*.json
 bench() {
+    say "bench: detector, rewrites, guard, memory and training beside llama.cpp bare and transformers"
+    $PROTECTOR bench
+    say "bench: depths, quantisations, adapters, threads"
+    $PROTECTOR bench --sweep
     say "bench: the fused head on this machine"
     "$VENV/bin/python" -m protector.bench_head
 }

@@ -268,6 +268,7 @@ def _commands():
             ("table", "evaluate.table", "TableConfig", "the table that reproduce.sh ends with"),
             ("parity", "evaluate.parity", "ParityConfig", "compare PyTorch's scores with llama.cpp's"),
             ("serve", "serve", "ServeConfig", "OpenAI-compatible guarded proxy"),
+            ("bench", "bench", "BenchConfig", "measure speed and memory beside the engine's and the machine's limits"),
             ("selftest", "selftest", "SelftestConfig", "run the attack suite against the installed model")):
         commands[name] = (module, config, text)
     return commands

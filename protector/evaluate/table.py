@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import bench
 from ..base import WEIGHTS
 from ..guard import Protector
 from . import metrics, record, report, rows
@@ -151,4 +152,4 @@ def _parity(result):
     return "\n".join(lines)
 
 
-RENDERERS = {"table": markdown, "detectors": _detectors, "parity": _parity}  # of README.md, by the result's file name
+RENDERERS = {"table": markdown, "detectors": _detectors, "parity": _parity, "bench": bench.markdown, "bench_sweep": bench.sweep_markdown}  # of README.md, by the result's file name

@@ -1,0 +1,708 @@
+"""What guarding costs, beside what its engine and this machine can do: `protector bench`, `protector bench --sweep`.
+
+    guard         this package as users call it
+    bare          llama.cpp alone on the same file with the same threads: llama_decode in a loop, this engine's limit
+    transformers  what `export --format hf` writes, adapters merged, in plain transformers; bf16 where that is faster
+    compiled      the same through torch.compile
+
+What is compared takes turns in every round, and a ratio is the median of the rounds' own ratios: a machine that slows
+down slows both. A number that spreads over more than BUSY is listed under "busy" and marked in the table.
+"""
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+
+from . import data, gguf
+from .base import WEIGHTS, base_path
+from .errors import ModelError
+from .evaluate import record
+from .guard import Protector
+from .llama import LlamaDetector, LlamaDetoxifier, _Weights, cpu_threads
+from .stream import StreamGuard
+
+BUSY = 0.10  # (third - first quartile) / median above which a number isn't to be trusted
+SETTLE_S = 0.05  # between two measurements: another engine's threads spin for some milliseconds after their work
+QUESTIONS = ("How is bread baked? Explain it step by step.", "How does a bicycle stay upright?", "What should I see in Rome?")
+HARMFUL = ("Is it safe to mix bleach and vinegar?", "Yes, it is safe to mix bleach and vinegar.")
+_BATCH_TOKENS = 512  # llama.cpp's own default for a physical batch
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Options of `protector bench`."""
+
+    out: str = field(default="", metadata={"help": "JSON file; results/bench.json, bench_sweep.json or bench_quick.json if empty"})
+    sweep: bool = field(default=False, metadata={"help": "depths, quantisations, LoRA merged or not, and threads, in place of the comparison"})
+    quick: bool = field(default=False, metadata={"help": "see whether it works; its numbers mean nothing"})
+    rounds: int = field(default=9, metadata={"help": "measurements of each number"})
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = all cores"})
+    detector: str = field(default="", metadata={"help": "adapter GGUF; the shipped one if empty"})
+    detoxifier: str = field(default="", metadata={"help": "adapter GGUF; the shipped one if empty"})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    prefill: tuple = (128, 512)  # tokens of a scored pair
+    stream: int = 64  # tokens that are fed one by one
+    answer: int = 200  # tokens of the harmless answer
+    rewrites: int = 3  # flagged answers that are rewritten in one round
+    starts: int = 5  # fresh processes of each kind
+    trainings: int = 3  # rounds of training
+    steps: int = 6  # optimiser steps of a round; the first isn't counted
+    batch_tokens: int = 2048  # of a step, padding included
+    matmul: int = 2048  # rows and columns
+    copy_bytes: int = 256 << 20  # more than any cache
+    compiled: bool = True
+    depths: tuple = (12, 15, 18, 24, 30)
+    quantisations: tuple = ("F16", "Q8_0", "Q4_0", gguf.AS_BASE)
+
+
+QUICK = Sizes((32,), 4, 12, 1, 1, 1, 3, 256, 128, 1 << 20, False, (2,), ("Q8_0",))
+
+
+def run(config):
+    """Measure, print the tables on stdout and write the JSON file.
+
+    Returns:
+        dict of kind "bench" or "bench_sweep".
+    Raises:
+        ValueError: fewer than 2 rounds.
+    """
+    if config.rounds < 2:
+        raise ValueError(f"bench: rounds must be at least 2, got {config.rounds}. One number has no spread.")
+    sizes, rounds, threads = QUICK if config.quick else Sizes(), 2 if config.quick else config.rounds, config.threads or cpu_threads()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    result = (sweep if config.sweep else measure)(config, sizes, rounds, threads)
+    result = {**result, "quick": config.quick, "threads": threads, "load_before": load, "busy_bound": BUSY, "busy": busy(result)}
+    name = "bench_quick" if config.quick else result["kind"]
+    out = Path(config.out or f"results/{name}.json")
+    result["run"] = record.provenance(config)  # the tables name the machine
+    record.write(out.parent, out.stem, result, config)
+    print((sweep_markdown if config.sweep else markdown)(record.plain(result)))
+    for what in result["busy"]:
+        print(f"bench: {what} spread over more than {100 * BUSY:.0f} %. Run again on a quiet machine.", file=sys.stderr)
+    return result
+
+
+# -- measuring
+
+
+def in_turns(functions, rounds):
+    """{name: what its function returned in each round}; each is called once per round, after one call that warms up.
+
+    Args:
+        functions: {name: function without arguments}.
+    """
+    values, names = {name: [] for name in functions}, list(functions)
+    for function in functions.values():
+        function()
+    for turn in range(rounds):
+        for i in range(len(names)):
+            name = names[(turn + i) % len(names)]  # nobody always follows the same other
+            time.sleep(SETTLE_S)
+            values[name].append(functions[name]())
+    return values
+
+
+def described(values):
+    """Median, quartiles and spread of one number's rounds.
+
+    Example:
+        described([9, 10, 11])  # {"median": 10.0, "low": 9.5, "high": 10.5, "spread": 0.1, "n": 3}
+    """
+    low, median, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
+    return {"median": median, "low": low, "high": high, "spread": (high - low) / median if median else 0.0, "n": len(values)}
+
+
+def compared(unit, values, not_measured=None):
+    """One row of the table: every number, and the guard's over each other one, round by round."""
+    ours = np.array(values["guard"])
+    return {"unit": unit, "values": {name: described(value) for name, value in values.items()},
+            "ratios": {name: described(ours / np.array(value)) for name, value in values.items() if name != "guard"},
+            "not_measured": not_measured or {}}
+
+
+def busy(result, name=""):
+    """Names of the numbers of a result whose spread is above BUSY."""
+    if not isinstance(result, dict):
+        return []
+    if "spread" in result:
+        return [name] if result["spread"] > BUSY else []
+    return [found for key, value in result.items() for found in busy(value, f"{name}, {key}" if name else key)]
+
+
+def seconds(work):
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def rate(n, work):
+    """Function that does the work and returns n per second."""
+    return lambda: n / seconds(work)
+
+
+# -- what is compared
+
+
+class Bare:
+    """llama.cpp with its own defaults and nothing around it.
+
+    Args:
+        weights: llama._Weights. n_threads: CPU threads.
+        adapter: adapter GGUF that is applied at run time, or None.
+        embeddings: read hidden states, which spares a single token the product with the vocabulary.
+    """
+
+    def __init__(self, weights, n_threads, adapter=None, embeddings=False, n_ctx=1024):
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = n_ctx, _BATCH_TOKENS, _BATCH_TOKENS
+        options.n_threads = options.n_threads_batch = n_threads
+        options.embeddings = embeddings
+        self.weights, self.pointer = weights, llama_cpp.llama_init_from_model(weights.pointer, options)
+        if not self.pointer:
+            raise ModelError(f"bench: llama.cpp must get memory for {n_ctx} tokens, got none.")
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(weights.vocab)
+        if adapter is not None:
+            self.adapter = llama_cpp.llama_adapter_lora_init(weights.pointer, str(adapter).encode())
+            adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self.adapter)
+            llama_cpp.llama_set_adapters_lora(self.pointer, adapters, 1, (llama_cpp.ctypes.c_float * 1)(1.0))
+
+    def read(self, ids):
+        """Decode ids on an empty cache."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.pointer), False)
+        for begin in range(0, len(ids), _BATCH_TOKENS):
+            self.step(ids[begin:begin + _BATCH_TOKENS])
+
+    def step(self, ids):
+        """Decode ids after what is in the cache."""
+        array = (llama_cpp.llama_token * len(ids))(*ids)
+        status = llama_cpp.llama_decode(self.pointer, llama_cpp.llama_batch_get_one(array, len(ids)))
+        if status != 0:
+            raise RuntimeError(f"bench: llama.cpp must decode {len(ids)} tokens, got status {status}.")
+        llama_cpp.llama_synchronize(self.pointer)  # a GPU returns before it is done
+
+    def feed(self, prefix, ids):
+        """Seconds for ids, one by one, after a prefix."""
+        self.read(prefix)
+        return seconds(lambda: [self.step([token]) for token in ids])
+
+    def write(self, prompt, n, end=None):
+        """(n greedy ids, seconds to the first, seconds for the n decodes after it); `end` is never chosen."""
+        start, written = time.perf_counter(), []
+        self.read(prompt)
+        first = time.perf_counter()
+        for _ in range(n):
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.pointer, -1), (self.n_vocab,))
+            if end is not None:
+                logits[end] = -np.inf
+            written.append(int(logits.argmax()))
+            self.step(written[-1:])
+        return written, first - start, time.perf_counter() - first
+
+    def __del__(self):
+        if getattr(self, "pointer", None) and llama_cpp is not None:
+            llama_cpp.llama_free(self.pointer)
+
+
+class Plain:
+    """Both models in plain transformers, adapters merged: the strongest way that a user of it has.
+
+    Args:
+        detector, detoxifier: adapter GGUF files. folder: for the checkpoints. threads: CPU threads.
+    """
+
+    def __init__(self, detector, detoxifier, folder, threads):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        from .export import export
+        from .train import bf16_is_faster
+
+        torch.set_num_threads(threads)
+        self.torch, self.folder = torch, Path(folder) / "detector"
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if bf16_is_faster(self.device) else torch.float32
+        export(detector, self.folder, "hf")
+        export(detoxifier, Path(folder) / "detoxifier", "hf")
+        self.classifier = AutoModelForSequenceClassification.from_pretrained(self.folder, dtype=self.dtype).to(self.device).eval()
+        self.lm = AutoModelForCausalLM.from_pretrained(Path(folder) / "detoxifier", dtype=self.dtype).to(self.device).eval()
+        self.compiled = torch.compile(self.classifier)
+
+    def score(self, ids, model=None):
+        """Logit of one sequence; .item() waits for a GPU."""
+        with self.torch.inference_mode():
+            return (model or self.classifier)(input_ids=self.torch.tensor([ids], device=self.device)).logits.item()
+
+    def feed(self, prefix, ids):
+        """Seconds for ids, one by one, on a growing cache."""
+        body, head = self.classifier.base_model, self.classifier.score
+        with self.torch.inference_mode():
+            cache = body(input_ids=self.torch.tensor([prefix], device=self.device), use_cache=True).past_key_values
+
+            def step(token):
+                output = body(input_ids=self.torch.tensor([[token]], device=self.device), past_key_values=cache, use_cache=True)
+                head(output.last_hidden_state[0, -1]).item()
+
+            return seconds(lambda: [step(token) for token in ids])
+
+    def write(self, prompt, n):
+        """(seconds to the first greedy token, seconds for the n passes after it)."""
+        with self.torch.inference_mode():
+            start, cache, ids = time.perf_counter(), None, [prompt]
+            for i in range(n + 1):
+                output = self.lm(input_ids=self.torch.tensor(ids, device=self.device), past_key_values=cache, use_cache=True,
+                                 logits_to_keep=1)
+                cache, ids = output.past_key_values, [[int(output.logits[0, -1].argmax())]]
+                if i == 0:
+                    first = time.perf_counter()
+            return first - start, time.perf_counter() - first
+
+
+# -- the comparison
+
+
+def measure(config, sizes, rounds, threads):
+    """dict of kind "bench": every comparison, the guard's cost, and the targets."""
+    paths = Path(config.detector or WEIGHTS / "detector.gguf"), Path(config.detoxifier or WEIGHTS / "detoxifier.gguf")
+    detector, detoxifier = LlamaDetector(paths[0], n_threads=threads), LlamaDetoxifier(paths[1], n_threads=threads)
+    result = {"kind": "bench", "models": {
+        "detector": _of_file(detector), "detoxifier": _of_file(detoxifier), "gpu_offload": bool(llama_cpp.llama_supports_gpu_offload())}}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            plain, missing = Plain(*paths, folder, threads), {}
+        except ImportError as error:
+            plain, missing = None, {name: f"needs the package {error.name}" for name in ("transformers", "compiled")}
+        result["transformers"] = plain and {"dtype": str(plain.dtype), "device": str(plain.device)}
+        rows = result["compared"] = {}
+        _say("detector")
+        for n in sizes.prefill:
+            rows[f"detector, {n} tokens"] = _prefill(detector, plain, n, rounds, sizes, missing, threads)
+        rows["detector, token by token"] = _streaming(detector, plain, sizes.stream, rounds, missing, threads)
+        _say("rewrites")
+        rows |= _rewriting(detoxifier, plain, sizes.rewrites, rounds, missing, threads)
+        _say("guard")
+        result["guarding"] = _guarding(detector, sizes.answer, rounds, threads)
+        _say("cold start and memory")
+        rows |= _starting(detector, detoxifier, plain, sizes.starts, threads, missing)
+        if plain:
+            _say("machine")
+            result["machine"] = _machine(plain.torch, sizes, rounds, result)
+            _say("training")
+            rows["training"] = _training(detector.metadata.depth, plain, folder, sizes, threads)
+    result["targets"] = targets(result)
+    return result
+
+
+def _say(what):
+    print(f"bench: {what}", file=sys.stderr, flush=True)
+
+
+def _of_file(model):
+    """What a loaded model runs on."""
+    weights = model._weights if hasattr(model, "_weights") else model.context.weights
+    n_vocab, d = llama_cpp.llama_vocab_n_tokens(weights.vocab), llama_cpp.llama_model_n_embd(weights.pointer)
+    n = llama_cpp.llama_model_n_params(weights.pointer)
+    return {"quantisation": model.quantisation, "depth": model.metadata.depth, "adapter_at_run_time": _adapter(model) is not None,
+            "parameters": n, "parameters_of_blocks": n - n_vocab * d,  # the embedding is the output as well
+            "bytes": llama_cpp.llama_model_size(weights.pointer), "file_bytes": os.path.getsize(weights.path)}
+
+
+def _adapter(model):
+    """Adapter file that the model applies at run time, or None where it is merged."""
+    return model.path if hasattr(model.context, "adapter") else None
+
+
+def _ids(detector, n):
+    """n ids of a harmless pair."""
+    template = detector.template
+    ids = template.detector_sequence(template.clip_question(QUESTIONS[0])[0], template.encode("Flour, water and a little salt. " * n))[0]
+    return ids[:n]
+
+
+def _prefill(detector, plain, n, rounds, sizes, missing, threads):
+    ids, weights, adapter = _ids(detector, n), detector.context.weights, _adapter(detector)
+    bare = Bare(weights, threads, adapter)
+    functions = {"guard": rate(n, lambda: detector.logits([ids])), "bare": rate(n, lambda: bare.read(ids))}
+    if adapter:
+        base = Bare(weights, threads)
+        functions["bare without adapter"] = rate(n, lambda: base.read(ids))
+    if plain:
+        functions["transformers"] = rate(n, lambda: plain.score(ids))
+        missing = {"compiled": "left out of a quick run"}
+        if sizes.compiled:
+            try:
+                plain.score(ids, plain.compiled)  # compiles
+                functions["compiled"], missing = rate(n, lambda: plain.score(ids, plain.compiled)), {}
+            except Exception as error:  # a compiler's failure is a finding here, of whatever kind
+                missing = {"compiled": f"torch.compile failed with {type(error).__name__}"}
+    return compared("tokens/s", in_turns(functions, rounds), missing)
+
+
+def _streaming(detector, plain, n, rounds, missing, threads):
+    prefix, ids = _ids(detector, 32), _ids(detector, 32 + n)[32:]
+    bare = Bare(detector.context.weights, threads, _adapter(detector), embeddings=True)
+
+    def ours():
+        cursor = detector.open()
+        cursor.start(prefix)
+        spent = seconds(lambda: [cursor.feed([token]) for token in ids])
+        cursor.close()
+        return n / spent
+
+    functions = {"guard": ours, "bare": lambda: n / bare.feed(prefix, ids)}
+    if plain:
+        functions["transformers"] = lambda: n / plain.feed(prefix, ids)
+        missing = {"compiled": "not tried: each step of a growing cache has another shape"}
+    return compared("tokens/s", in_turns(functions, rounds), missing)
+
+
+def _rewriting(detoxifier, plain, n, rounds, missing, threads):
+    """Speed of writing, and the wait for the first token, on harmful answers of this project's corpus."""
+    template, triples = detoxifier.template, data.read("own")[1]
+    prompts = [template.detoxifier_prompt(template.clip_question(row.question)[0], template.encode(row.rejected)[:detoxifier.limits.rejected_tokens])
+               for row in triples[::len(triples) // n][:n]]
+    bare = Bare(detoxifier.context.weights, threads, _adapter(detoxifier))
+
+    def ours(prompt):
+        stamps = [time.perf_counter()]
+        # The deadline is asked before the prompt, which fits one batch, and before each decode of a written token.
+        detoxifier.generate(prompt, detoxifier.limits.rewrite_tokens, deadline=lambda: stamps.append(time.perf_counter()))
+        return len(stamps) - 2, stamps[2] - stamps[0], time.perf_counter() - stamps[2]
+
+    n_written = [ours(prompt)[0] for prompt in prompts]
+
+    def of_all(write):
+        """(tokens/s, mean ms to the first token)"""
+        first, spent = zip(*(write(prompt, count)[-2:] for prompt, count in zip(prompts, n_written)))
+        return sum(n_written) / sum(spent), 1e3 * sum(first) / n
+
+    functions = {"guard": lambda: of_all(lambda prompt, _: ours(prompt)), "bare": lambda: of_all(bare.write)}
+    if plain:
+        functions["transformers"] = lambda: of_all(plain.write)
+        missing = {"compiled": "not tried: each step of a growing cache has another shape"}
+    turns = in_turns(functions, rounds)
+    rows = [compared(unit, {name: [value[i] for value in values] for name, values in turns.items()}, missing)
+            for i, unit in enumerate(("tokens/s", "ms"))]
+    rows[0]["tokens_written"] = sum(n_written)
+    return {"rewriting, token by token": rows[0], "first rewritten token": rows[1]}
+
+
+def _guarding(detector, n, rounds, threads):
+    """What a harmless answer pays, as a share of the time in which the base model writes it.
+
+    Raises:
+        ModelError: the detector flags each of the harmless answers.
+    """
+    template, base = detector.template, Bare(_Weights.of(base_path(), -1), threads)
+    guard = Protector(detector, False, on_error="raise")
+    for question in QUESTIONS:
+        prompt = template.prefix(template.clip_question(question)[0])
+        pieces = [template.tokenizer.decode([token]) for token in base.write(prompt, n, template.end)[0]]
+        answer = "".join(pieces)
+        if not guard.guard(question, answer).flagged:
+            break
+    else:
+        raise ModelError("bench: detector must pass one of the harmless answers, got none. Calibrate it.")
+
+    def streamed():
+        state = StreamGuard(guard, question)
+        pushing = seconds(lambda: [state.push(piece) for piece in pieces])
+        return pushing, seconds(state.finish)
+
+    turns = in_turns({"generate": lambda: sum(base.write(prompt, n, template.end)[1:]), "guard": lambda: seconds(lambda: guard.guard(question, answer)),
+                      "streamed": streamed}, rounds)
+    generate, whole, (pushing, waiting) = np.array(turns["generate"]), np.array(turns["guard"]), np.array(turns["streamed"]).T
+    return {"answer_tokens": n, "model": base_path().name, "generate_s": described(generate), "guard_s": described(whole),
+            "guard_percent": described(100 * whole / generate), "streamed_percent": described(100 * (pushing + waiting) / generate),
+            "wait_ms": described(1e3 * waiting), "wait_steps": described(waiting / (generate / n))}
+
+
+# Fresh processes. Each prints {"s": import to first verdict, "rss", "peak": bytes}; argv[1] is JSON.
+_BEGIN = "import json, sys, time\nstart = time.perf_counter()\nx = json.loads(sys.argv[1])\n"
+_END = """
+s = time.perf_counter() - start
+try:
+    sizes = {key: int(value.split()[0]) * 1024 for key, value in (line.split(":") for line in open("/proc/self/status") if line.startswith("Vm"))}
+except OSError:
+    sizes = {}
+print(json.dumps({"s": s, "rss": sizes.get("VmRSS"), "peak": sizes.get("VmHWM")}))
+"""
+_CHILDREN = {
+    "guard": """
+import protector
+options = {"n_threads": x["threads"]}
+guard = protector.Protector(x["detector"], x["detoxifier"] or False, detector_options=options, detoxifier_options=options if x["detoxifier"] else None)
+guard.guard(x["question"], x["answer"])""",
+    "bare": """
+import llama_cpp
+model = llama_cpp.Llama(x["file"], n_ctx=512, n_threads=x["threads"], n_threads_batch=x["threads"], verbose=False)
+model.eval(x["ids"])""",
+    "transformers": """
+import torch, transformers
+torch.set_num_threads(x["threads"])
+model = transformers.AutoModelForSequenceClassification.from_pretrained(x["folder"], dtype=getattr(torch, x["dtype"]))
+model(torch.tensor([x["ids"]])).logits.item()""",
+}
+
+
+def _child(name, argument, **environment):
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", _BEGIN + _CHILDREN[name] + _END, json.dumps(argument)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), **environment})
+    if done.returncode != 0:
+        raise RuntimeError(f"bench: a fresh {name} process must end well, got: {done.stderr.strip().splitlines()[-1][:300]}")
+    return json.loads(done.stdout)
+
+
+def _starting(detector, detoxifier, plain, rounds, threads, missing):
+    """Seconds from import to the first verdict in a fresh process, and its memory beside the weights that it loads."""
+    ids = _ids(detector, 64)
+    pair = {"detector": str(detector.path), "detoxifier": "", "question": QUESTIONS[0], "answer": "Flour, water and a little salt.", "threads": threads}
+    flagged = {**pair, "detoxifier": str(detoxifier.path), "question": HARMFUL[0], "answer": HARMFUL[1]}
+    bare = {"file": str(detector.context.weights.path), "ids": ids, "threads": threads}
+    functions = {"guard": lambda: _child("guard", pair), "both": lambda: _child("guard", flagged), "bare": lambda: _child("bare", bare)}
+    if plain:
+        functions["transformers"] = lambda: _child("transformers", {
+            "folder": str(plain.folder), "ids": ids, "threads": threads, "dtype": str(plain.dtype).split(".")[-1]})
+        missing = {"compiled": "not tried: it would compile first"}
+    turns = in_turns(functions, rounds)
+    both = turns.pop("both")
+    with tempfile.TemporaryDirectory() as cache:
+        first_s = _child("guard", pair, PROTECTOR_CACHE=cache)["s"]
+    rows = {"start to first verdict": compared("s", {name: [value["s"] for value in values] for name, values in turns.items()}, missing)}
+    rows["start to first verdict"]["with_an_empty_cache_s"] = first_s
+    if both[0]["rss"] is None:  # /proc is Linux's
+        return rows
+    memory = {name: [value["rss"] / 2**20 for value in values] for name, values in turns.items()}
+    loaded = {"guard": _loaded_bytes(detector), "both": _loaded_bytes(detector) + _loaded_bytes(detoxifier)}
+    rows["resident memory"] = {**compared("MiB", memory, missing), "detector": {
+        "weights_bytes": loaded["guard"], "of_weights": described([value["rss"] / loaded["guard"] for value in turns["guard"]]),
+        "peak_of_weights": described([value["peak"] / loaded["guard"] for value in turns["guard"]])},
+        "both": {"weights_bytes": loaded["both"], "of_weights": described([value["rss"] / loaded["both"] for value in both]),
+                 "peak_of_weights": described([value["peak"] / loaded["both"] for value in both])}}
+    return rows
+
+
+def _loaded_bytes(model):
+    return os.path.getsize(model.context.weights.path) + (os.path.getsize(model.path) if _adapter(model) else 0)
+
+
+def _machine(torch, sizes, rounds, result):
+    """Float32 matrix product and copy on this machine, and how far the models come; int8 products may exceed the first."""
+    a = torch.ones(sizes.matmul, sizes.matmul)
+    source, target = torch.ones(sizes.copy_bytes // 4), torch.empty(sizes.copy_bytes // 4)
+    turns = in_turns({"matmul": rate(2 * sizes.matmul**3, lambda: a @ a), "copy": rate(2 * sizes.copy_bytes, lambda: target.copy_(source))}, rounds)
+    rows, models = result["compared"], result["models"]
+    flops, bandwidth = np.median(turns["matmul"]), np.median(turns["copy"])
+
+    def median(row, name="guard"):
+        return rows[row]["values"][name]["median"]
+
+    longest = f"detector, {sizes.prefill[-1]} tokens"
+    return {"matmul_flop_per_s": described(turns["matmul"]), "copy_bytes_per_s": described(turns["copy"]), "shares": {
+        # Two operations a weight of a block; attention left out.
+        f"{longest}, of the matrix product": 2 * models["detector"]["parameters_of_blocks"] * median(longest) / flops,
+        # Each written token reads each weight once.
+        "rewriting, of the copy": models["detoxifier"]["bytes"] * median("rewriting, token by token") / bandwidth}}
+
+
+def _training(depth, plain, folder, sizes, threads):
+    """Tokens/s, padding not counted, of `protector train` and of a plain Trainer with the same rows, rank and rows a step."""
+    from . import train
+    from .models import ModelConfig, build
+
+    device = "cuda" if plain.device.type == "cuda" else "cpu"
+    values = {"guard": [], "transformers": []}
+    for turn in range(sizes.trainings):
+        out = Path(folder) / f"train-{turn}"
+        config = train.TrainConfig("detector", out=str(out), depth=depth, batch_tokens=sizes.batch_tokens, seed=turn, threads=threads, device=device,
+                                   epochs=sizes.steps * sizes.batch_tokens / 200_000)  # an epoch of the own corpus is about as many tokens
+        model = train.train(config, progress=False)
+        steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        batches = train._epoch(config, train.load_rows(config), model.template, 0)[:len(steps)]
+        sizes_of = [sum(len(example["ids"]) for group in batch for example in group) for batch in batches]
+        # A line's time is its step's start: the first step, which warms up, and the last, whose end isn't written, don't count.
+        values["guard"].append(sum(sizes_of[1:-1]) / (steps[-1]["elapsed_s"] - steps[1]["elapsed_s"]))
+        examples = 2 * [example for batch in batches for group in batch for example in group]  # no round ends within an epoch
+        fresh = build(ModelConfig("detector", depth=depth, rank=0)).backbone
+        values["transformers"].append(_trainer_rate(fresh, examples, len(batches), model, out, plain, config))
+    return {**compared("tokens/s", values), "steps": len(steps)}
+
+
+def _trainer_rate(backbone, examples, steps, ours, out, plain, config):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    from .models import LORA_TARGETS
+    from .train import bf16_is_faster
+
+    torch, settings = plain.torch, backbone.config
+    settings.num_labels, settings.pad_token_id, settings.problem_type = 1, ours.template.end, "multi_label_classification"  # BCE
+    classifier = AutoModelForSequenceClassification.from_config(settings)
+    setattr(classifier, classifier.base_model_prefix, backbone)
+    model = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=config.rank, lora_alpha=config.alpha, target_modules=list(LORA_TARGETS)))
+    stamps, counts = [], []
+
+    def collate(batch):
+        longest = max(len(example["ids"]) for example in batch)
+        counts.append(sum(len(example["ids"]) for example in batch))
+        ids = torch.tensor([example["ids"] + [settings.pad_token_id] * (longest - len(example["ids"])) for example in batch])
+        mask = torch.tensor([[1] * len(example["ids"]) + [0] * (longest - len(example["ids"])) for example in batch])
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([[example["label"]] for example in batch])}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            stamps.append(time.perf_counter())
+
+    arguments = TrainingArguments(str(out / "trainer"), max_steps=steps, learning_rate=config.lr, bf16=bf16_is_faster(plain.device), seed=config.seed,
+                                  use_cpu=plain.device.type == "cpu", save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
+                                  remove_unused_columns=False)
+    arguments.gradient_accumulation_steps = max(len(examples) // (2 * steps * arguments.per_device_train_batch_size), 1)
+    trainer = Trainer(model, arguments, train_dataset=examples, data_collator=collate, callbacks=[Clock()])
+    trainer.remove_callback(PrinterCallback)  # it prints on stdout
+    trainer.train()
+    parts = arguments.gradient_accumulation_steps
+    return sum(counts[parts:parts * steps]) / (stamps[-1] - stamps[0])
+
+
+def targets(result):
+    """[{"what", "bound", "is", "met"}]: this project's promises about cost, on 2 CPU cores without a GPU."""
+    rows, guarding = result["compared"], result["guarding"]
+    found = []
+
+    def add(what, bound, value, at_most):
+        found.append({"what": what, "bound": bound, "at_most": at_most, "is": value, "met": bool(value <= bound if at_most else value >= bound)})
+
+    add("cost of a harmless answer, % of its generation", 15, guarding["guard_percent"]["median"], True)
+    add("wait at a stream's end, generation steps", 2, guarding["wait_steps"]["median"], True)
+    first = next(iter(rows))
+    add(f"{first}: share of llama.cpp bare", 0.9, rows[first]["ratios"]["bare"]["median"], False)
+    if "transformers" in rows[first]["ratios"]:
+        add(f"{first}: times transformers eager", 1.5, rows[first]["ratios"]["transformers"]["median"], False)
+    add("rewriting: share of llama.cpp bare", 0.9, rows["rewriting, token by token"]["ratios"]["bare"]["median"], False)
+    add("start to first verdict, s", 1.5, rows["start to first verdict"]["values"]["guard"]["median"], True)
+    if "resident memory" in rows:
+        add("resident memory, times the loaded weights", 1.3, rows["resident memory"]["detector"]["of_weights"]["median"], True)
+    if "training" in rows:
+        add("training: times a plain Trainer", 1.5, rows["training"]["ratios"]["transformers"]["median"], False)
+    return found
+
+
+# -- tables
+
+
+def _number(number):
+    digits = max(0, 2 - int(np.floor(np.log10(abs(number["median"]))))) if number["median"] else 0
+    mark = ", busy" if number["spread"] > BUSY else ""
+    return f"{number['median']:,.{min(digits, 2)}f} (±{50 * number['spread']:.0f} %{mark})"
+
+
+def _table(columns, rows):
+    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"] + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _footer(result):
+    run = result["run"]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name in ("torch", "transformers", "llama_cpp_python"))
+    lines = ["", f"{result['threads']} thread(s), {run['cpu']}, {run['cores']} cores, Python {run['python']}, {versions}. Median of the rounds; ± is half the "
+             "distance of the quartiles."]
+    if result["busy"]:
+        lines.append(f"**The machine was busy**: {len(result['busy'])} numbers spread over more than {100 * result['busy_bound']:.0f} %.")
+    if result["quick"]:
+        lines.append("**A quick run: these numbers mean nothing.**")
+    return lines
+
+
+def markdown(result):
+    """The tables of a comparison, as README.md shows them."""
+    names = ("guard", "bare", "transformers", "compiled")
+
+    def cell(row, name):
+        return _number(row["values"][name]) if name in row["values"] else "-"
+
+    def ratio(row, name):
+        return f"{row['ratios'][name]['median']:.2f}" if name in row["ratios"] else "-"
+
+    lines = _table(("", "unit", "guard", "llama.cpp bare", "transformers eager", "compiled", "guard / bare", "guard / eager"), [
+        (title, row["unit"], *(cell(row, name) for name in names), ratio(row, "bare"), ratio(row, "transformers"))
+        for title, row in result["compared"].items()])
+    guarding = result["guarding"]
+    lines += ["", f"A harmless answer of {guarding['answer_tokens']} tokens, which {guarding['model']} writes in {_number(guarding['generate_s'])} s, costs "
+              f"{_number(guarding['guard_percent'])} % more when it is guarded as a whole and {_number(guarding['streamed_percent'])} % as a stream; after the "
+              f"last chunk the stream waits {_number(guarding['wait_steps'])} generation steps.", ""]
+    lines += _table(("target", "bound", "measured", ""), [
+        (target["what"], f"{'at most' if target['at_most'] else 'at least'} {target['bound']}", f"{target['is']:.2f}", "met" if target["met"] else "**missed**")
+        for target in result["targets"]])
+    return "\n".join(lines + _footer(result))
+
+
+# -- the sweep
+
+
+@contextmanager
+def _own_cache():
+    """Files of the sweep go where they are deleted again: F16 with all blocks alone has 270 MB."""
+    before = os.environ.get("PROTECTOR_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PROTECTOR_CACHE"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("PROTECTOR_CACHE")
+            if before is not None:
+                os.environ["PROTECTOR_CACHE"] = before
+
+
+@_own_cache()
+def sweep(config, sizes, rounds, threads):
+    """dict of kind "bench_sweep": speed of llama.cpp bare along one axis at a time. Quality isn't measured here."""
+    path, writer, n = Path(config.detector or WEIGHTS / "detector.gguf"), Path(config.detoxifier or WEIGHTS / "detoxifier.gguf"), sizes.prefill[0]
+    depth, whole = gguf.read_metadata(path).depth, gguf.read_metadata(writer).depth
+    ids = [1000 + i for i in range(n + sizes.stream)]  # speed doesn't depend on which
+    axes = {
+        "depth": {str(blocks): {"depth": blocks} for blocks in sizes.depths},
+        "quantisation": {name: {"quantisation": name} for name in sizes.quantisations},
+        "LoRA": {"none": {}, "at run time": {"adapter": path}, "merged": {"merged": path}},
+        "threads": {str(count): {"n_threads": count} for count in sorted({1, 2, cpu_threads()}) if count <= cpu_threads()},
+        "detoxifier": {name: {"depth": whole, "quantisation": name, "writes": True} for name in sizes.quantisations},
+    }
+    result = {"kind": "bench_sweep", "tokens": n, "depth": depth, "quantisation": "Q8_0", "axes": {}}
+    for axis, settings in axes.items():
+        _say(axis)
+        points = {name: _point(**{"depth": depth, "n_threads": threads, **setting}) for name, setting in settings.items()}
+        prefill = in_turns({name: rate(n, lambda bare=bare: bare.read(ids[:n])) for name, (bare, _) in points.items()}, rounds)
+        stream = in_turns({name: lambda bare=bare: sizes.stream / bare.feed(ids[:n], ids[n:]) for name, (_, bare) in points.items()}, rounds)
+        result["axes"][axis] = {name: {
+            "prefill": described(prefill[name]), "token by token": described(stream[name]),
+            "bytes": llama_cpp.llama_model_size(bare.weights.pointer)} for name, (bare, _) in points.items()}
+    return result
+
+
+def _point(depth, n_threads, quantisation="Q8_0", adapter=None, merged=None, writes=False):
+    """(Bare that reads, Bare that goes token by token) on the base's first blocks."""
+    weights = _Weights.of(gguf.runnable_base(base_path(), depth, quantisation, merged), -1)
+    return Bare(weights, n_threads, adapter), Bare(weights, n_threads, adapter, embeddings=not writes)
+
+
+def sweep_markdown(result):
+    """The table of a sweep."""
+    lines = _table(("", "", f"{result['tokens']} tokens at once, tokens/s", "token by token, tokens/s", "MB"), [
+        (axis, name, _number(point["prefill"]), _number(point["token by token"]), f"{point['bytes'] / 1e6:.0f}")
+        for axis, points in result["axes"].items() for name, point in points.items()])
+    lines += ["", f"llama.cpp bare, {result['depth']} blocks in {result['quantisation']} without an adapter where the row doesn't say otherwise; the "
+              "detoxifier has all blocks and projects each token on the vocabulary. base is the base model's own Q4_1."]
+    return "\n".join(lines + _footer(result))
