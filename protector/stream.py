@@ -12,6 +12,9 @@ the rounding of the cache). What has no safe cut is held back until one comes.
              what looks disguised also waits until its normalised view was scored
     end      the whole answer's score decides about what is still held back, as in guard()
 
+Text between safe cuts waits until there are STEP_TOKENS tokens of it: a step of four costs the model little more than one of
+one. Each token still has its own score.
+
 Windows are those of template.windows: at a window's end the cache starts anew with the question and the overlap.
 """
 import asyncio
@@ -28,6 +31,7 @@ from .guard import Verdict, _check_length, _checked, _sigmoid, _TooLong
 from .normalise import normalised
 from .template import well_formed
 
+STEP_TOKENS = 4  # scored in one step, while more text comes; the last step takes what there is
 PATIENCE = 4  # neighbouring positions that must all be over the threshold for an alarm
 VIEW_TOKENS = 32  # a disguised stream's normalised view is scored each time that so many tokens have come
 VIEW_CHARS = 1024  # of the text before these tokens are read with them
@@ -75,6 +79,7 @@ class StreamGuard:
         self.released = 0  # characters
         self._chunks, self._n_bytes = [], 0
         self._pending, self._last_char = [], ""  # chunks without a safe cut, which weren't scored yet
+        self._waiting, self._n_waiting = [], 0  # (text between safe cuts, its ids) that wait for a step; tokens
         self._held = deque()  # (text, answer tokens up to its end) that was scored and isn't released yet
         self._n_fed, self._n_looked, self._n_viewed = 0, 0, 0  # characters: scored, looked at for a disguise, and free of an unscored one
         self._tail, self._view_at, self._is_disguised = "", 0, False  # text of the next view; tokens at the last one; since it
@@ -152,7 +157,11 @@ class StreamGuard:
         pieces = ["".join(self._pending) + chunk[:cuts[0]]]
         pieces += [chunk[start:stop] for start, stop in zip(cuts, cuts[1:])]
         self._pending = [chunk[cuts[-1]:]]
-        self._feed_pieces([piece for piece in pieces if piece])
+        for piece in filter(None, pieces):
+            self._wait(piece)
+        if self._n_waiting < STEP_TOKENS:
+            return []
+        self._feed_waiting()
         if self._alarm and self.protector.on_flag != "report":
             return self._flag(self._alarm)
         return self._release()
@@ -163,7 +172,8 @@ class StreamGuard:
             return self._end(Event("", replace(self._unguarded, text=text)))
         if not text.strip():  # no model call
             return self._pass(0.0, flagged=False)
-        self._feed_pieces(["".join(self._pending)])
+        self._wait("".join(self._pending))
+        self._feed_waiting()
         whole = max(self._best, self.running)
         raw = well_formed(text)
         view = normalised(raw)
@@ -186,12 +196,16 @@ class StreamGuard:
     def _stops(self):
         return self._is_closing or self._alarm and self.protector.on_flag != "report"
 
-    def _feed_pieces(self, pieces):
-        """Score text that lies between safe cuts, and its view wherever VIEW_TOKENS tokens have come: the same places for
-        every chunking."""
-        ids = []
-        for piece in pieces:
-            ids += self.protector.detector.template.encode(piece)
+    def _wait(self, piece):
+        ids = self.protector.detector.template.encode(piece)
+        self._waiting.append((piece, ids))
+        self._n_waiting += len(ids)
+
+    def _feed_waiting(self):
+        """Score the text that waits, and its view wherever VIEW_TOKENS tokens have come: the same places for every chunking."""
+        pieces, self._waiting, self._n_waiting, ids = self._waiting, [], 0, []
+        for piece, piece_ids in pieces:
+            ids += piece_ids
             self._tail += piece
             self._n_fed += len(piece)
             n_tokens = len(self._ids) + len(ids)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from protector import DeadlineExceeded, Protector, ProtectorError
 from protector.guard import REFUSAL, _sigmoid
 from protector.llama import _Cursor
-from protector.stream import PATIENCE, VIEW_TOKENS, Event, StreamGuard, stream_statistic
+from protector.stream import PATIENCE, STEP_TOKENS, VIEW_TOKENS, Event, StreamGuard, stream_statistic
 
 Q, BETTER = "How do I clean this?", "Never mix cleaners."
 SAFE = "Use warm water and a soft cloth, then dry it well. Don't rub!\n\n1. Soak it 10 min.\n2. Rinse it.\n"
@@ -102,6 +102,13 @@ def test_m36_each_token_is_scored_once(ids):
     p, detector = make(ids)
     list(p.stream(Q, cut(text, 1)))
     assert detector.n_fed == len(ids.encode(text)) and detector.sequences == []
+
+
+def test_a_step_takes_several_tokens(ids):
+    text = TEXTS["English"]
+    p, detector = make(ids)
+    list(p.stream(Q, cut(text, 1)))
+    assert detector.n_fed == len(ids.encode(text)) and detector.n_steps < detector.n_fed / (STEP_TOKENS - 1)  # windows and views end some early
 
 
 def test_nothing_is_shown_before_it_was_scored(ids):
