@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import deque
 from pathlib import Path
 
 import llama_cpp
@@ -336,7 +337,7 @@ class LlamaDetector:
         with self.context.lock:
             if self._streams is None:
                 context = _Context(self._weights, self._adapter, _STREAMS * self.longest, True, self._n_threads, _PLACES)
-                self._streams = (context, {})
+                self._streams = (context, {}, deque())
         return _Cursor(self, *self._streams)
 
     def _head(self, hidden):
@@ -344,15 +345,25 @@ class LlamaDetector:
         return harm_score(hidden, self.metadata.head_weight, self.metadata.head_bias, output="logit").values
 
 
+class _Step:
+    """Ids that one stream wants scored, and what became of them."""
+
+    def __init__(self, cursor, ids):
+        self.cursor, self.ids, self.logits, self.error = cursor, ids, None, None
+
+
 class _Cursor:
     """Scores the tokens of one stream, each once.
+
+    Streams of several threads that wait for the model are decoded together: whoever gets it takes the steps of all.
 
     No stream waits for another to end, or streams that one thread reads in turn would wait forever: where the cache is full,
     the one that was idle longest loses its place, and is decoded again, without scores, when it goes on.
     """
 
-    def __init__(self, detector, context, places):
+    def __init__(self, detector, context, places, waiting):
         self.detector, self.context = detector, context
+        self.waiting = waiting  # steps that no thread has taken up yet; shared by all streams
         self.places = places  # {sequence: cursor}, the one that was idle longest first; shared by all streams
         self.sequence, self.is_closed = None, False
         self.ids = []  # what was fed since start
@@ -366,8 +377,47 @@ class _Cursor:
 
     def feed(self, ids):
         """(n,) float32 logits of these ids, which follow what was fed before."""
-        with self.context.lock:
-            return self._decode(ids, wants_output=True)
+        step, lock = _Step(self, ids), self.context.lock
+        self.waiting.append(step)
+        with lock:
+            if step.logits is None and step.error is None:
+                self._take_up()
+        if step.error is not None:
+            raise step.error
+        return step.logits
+
+    def _take_up(self):
+        """Score all steps that wait: in one decode where there is room, the others one by one."""
+        steps = [self.waiting.popleft() for _ in range(len(self.waiting))]
+        together, n_tokens, n_cached = [], 0, sum(len(cursor.ids) for cursor in self.places.values())
+        for step in steps:
+            n = n_tokens + len(step.ids)
+            if step.cursor.sequence is not None and n <= _BATCH_TOKENS and n_cached + n <= self.context.n_ctx:
+                together.append(step)
+                n_tokens = n
+        try:
+            if len(together) > 1:
+                self._decode_together(together)
+        except Exception:  # one of them broke it: each on its own
+            for step in together:
+                step.cursor._leave()
+        try:
+            for step in steps:
+                try:
+                    if step.logits is None:
+                        step.logits = step.cursor._decode(step.ids, wants_output=True)
+                except Exception as error:
+                    step.error = error
+        finally:  # an interrupt ends this thread, and not the others
+            self.waiting.extend(step for step in steps if step.logits is None and step.error is None)
+
+    def _decode_together(self, steps):
+        entries = [(token, len(step.cursor.ids) + i, step.cursor.sequence, True) for step in steps for i, token in enumerate(step.ids)]
+        self.context.decode(entries)
+        logits = self.detector._head(np.stack([self.context.embedding(i) for i in range(len(entries))]))
+        for step in steps:
+            step.cursor.ids += step.ids
+            step.logits, logits = logits[:len(step.ids)], logits[len(step.ids):]
 
     def close(self):
         """Give the place back."""

@@ -3,6 +3,7 @@ import multiprocessing
 import random
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -199,6 +200,70 @@ def test_streams_share_a_cache_and_not_their_texts(llama_detector):
     assert np.abs(cursor.feed(texts[0]) - alone[0]).max() < 1e-3
     assert cursor.feed([]).shape == (0,)
     cursor.close()
+
+
+def test_steps_of_streams_that_wait_are_decoded_together(llama_detector, monkeypatch):
+    rng = random.Random(7)
+    texts = [[rng.randrange(17, 49152) for _ in range(n)] for n in (5, 1, 9, 0, 700, 3)]  # one that no decode holds with the others
+    cursors = [llama_detector.open() for _ in texts]
+    alone, together, sizes = [], {}, []
+    for cursor, text in zip(cursors, texts):
+        cursor.start([5, 6])
+        alone.append(cursor.feed(text))
+        cursor.start([5, 6])
+    context, decode = cursors[0].context, cursors[0].context.decode
+    monkeypatch.setattr(context, "decode", lambda entries: (sizes.append(len(entries)), decode(entries))[1])
+    threads = [threading.Thread(target=lambda i=i: together.update({i: cursors[i].feed(texts[i])})) for i in range(len(texts))]
+    with context.lock:
+        for thread in threads:
+            thread.start()
+        while len(cursors[0].waiting) < len(texts):
+            time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert sorted(sizes) == sorted([5 + 1 + 9 + 0 + 3, 512, 188]) and not cursors[0].waiting
+    for i, expected in enumerate(alone):
+        assert len(together[i]) == len(texts[i]) and np.abs(together[i] - expected).max(initial=0) < 1e-3
+    # What follows is scored on what was fed then.
+    for cursor, text in zip(cursors, texts):
+        after = cursor.feed([900, 901])
+        cursor.start([5, 6])
+        assert np.abs(cursor.feed(text + [900, 901])[-2:] - after).max() < 1e-3
+        cursor.close()
+
+
+def test_a_step_that_fails_is_only_its_own(llama_detector, monkeypatch):
+    cursors = [llama_detector.open() for _ in range(3)]
+    for cursor in cursors:
+        cursor.start([5, 6])
+    context, decode, results = cursors[0].context, cursors[0].context.decode, {}
+
+    def broken(entries):
+        if any(token == 777 for token, *_ in entries):
+            raise RuntimeError("decode: no memory")
+        decode(entries)
+
+    def feed(i):
+        try:
+            results[i] = cursors[i].feed([700 + 77 * (i == 1)])
+        except RuntimeError as error:
+            results[i] = error
+
+    monkeypatch.setattr(context, "decode", broken)
+    threads = [threading.Thread(target=feed, args=(i,)) for i in range(3)]
+    with context.lock:
+        for thread in threads:
+            thread.start()
+        while len(cursors[0].waiting) < 3:
+            time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert isinstance(results[1], RuntimeError)
+    for i in (0, 2):
+        cursors[i].start([5, 6])
+        assert np.abs(cursors[i].feed([700]) - results[i]).max() < 1e-3
+    for cursor in cursors:
+        cursor.close()
 
 
 # -- rewriting
