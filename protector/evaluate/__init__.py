@@ -12,6 +12,7 @@
 """
 import sys
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 
 from ..errors import DataError
 
@@ -160,10 +161,17 @@ class _Evaluation:
 
     @property
     def split(self):
-        """(the judge's training rows, rows to measure on)."""
+        """(the judge's training rows, rows to measure on), all of them."""
         from .judge import judge_rows
 
         return self._once("split", lambda: judge_rows(self.rows.pairs, self.rows.judge, self.rows.train, self.rows.halve))
+
+    @property
+    def chosen(self):
+        """The split, cut to what is asked for: the judge learns from ten times as many answers per source as are judged."""
+        from .replay import fewest
+
+        return self._once("chosen", lambda: [fewest(part, n) for part, n in zip(self.split, (10 * self.config.most, self.config.most))])
 
     @property
     def judge(self):
@@ -176,7 +184,7 @@ class _Evaluation:
 
         config = self.config
         if not config.judge_url:
-            return train_offline(*self.split, self.embed, progress=self.progress)
+            return train_offline(*self.chosen, self.embed, progress=self.progress)
         judge = EndpointJudge(Endpoint(config.judge_url, config.judge_model), config.workers)
         judge.measure(fewest(self.rows.pairs, 40), self.progress)
         return judge
@@ -192,7 +200,7 @@ class _Evaluation:
 
         config = self.config
         if not config.judge_url:
-            return relevance.train_offline(*self.split, self.embed)
+            return relevance.train_offline(*self.chosen, self.embed)
         return relevance.ask_endpoint(Endpoint(config.judge_url, config.judge_model), fewest(self.rows.pairs, 20), config.workers)
 
     def client(self, samples):
@@ -239,7 +247,7 @@ class _Evaluation:
         from . import replay, rewrites
         from .base_model import BaseModel
 
-        result, outcomes = replay.evaluate(self.guard, replay.fewest(self.split[1], self.config.most), self.judge, self.progress)
+        result, outcomes = replay.evaluate(self.guard, self.chosen[1], self.judge, self.progress)
         yield "replay", result
         yield "rewrites", rewrites.evaluate(outcomes, self.judge, self.embed, self.relevance,
                                             BaseModel(n_threads=self.config.threads or None))
@@ -286,7 +294,9 @@ class _Evaluation:
         from . import benchmarks, likelihood
 
         pairs = [data.Pair(row.question, row.answer, row.label, row.source) for row in self.split[1] if row.question.strip()]
-        triples = data.triples_of(pairs, most_per_question=1)[:3 * self.config.questions or None]
+        triples = data.triples_of(pairs, most_per_question=1)
+        triples.sort(key=lambda triple: sha256(triple.question.encode("utf-8", "replace")).digest())  # of every source, not the first
+        triples = triples[:3 * self.config.questions or None]
         images = self.related
         if not images and self.config.mm_safetybench:
             images = [(sample.request, sample.image) for sample in benchmarks.read_mm_safetybench(self.config.mm_safetybench, ("SD",))[0]]
