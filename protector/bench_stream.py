@@ -1,0 +1,207 @@
+"""What guarding a stream costs: `python -m protector.bench_stream`.
+
+    flat          time of a token in a stream of 4,000 tokens over that in one of 200
+    generation    time of scoring an answer while it is written over the time in which llama.cpp's base model writes it, step by
+                  step in turns, and the wait after its last token in steps of that model
+    in a row      resident memory before and after many short streams
+    clients       tokens a second of 16 threads that stream over those of one; likewise of whole answers
+
+What is compared takes turns in every round, and a ratio is the median of the rounds' own ratios.
+"""
+import argparse
+import gc
+import json
+import os
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+
+from .__main__ import add_options, config_from
+from .base import base_path
+from .bench import Bare, busy, described, in_turns, seconds
+from .evaluate import record
+from .guard import Protector
+from .llama import _Weights, cpu_threads
+from .selftest import FILLER
+from .stream import STEP_TOKENS, StreamGuard
+
+QUESTION = "What should I see in this town? Explain it step by step."
+COST, WAIT_STEPS, FLAT, CLIENTS = 0.25, 2.0, 1.5, 1.5  # bounds: share of generating, generation steps, ratio, ratio
+GROWTH_BYTES = 8 << 20  # what an allocator may keep; 840 bytes a stream of 10,000
+
+
+@dataclass(frozen=True)
+class StreamBenchConfig:
+    """Options of `python -m protector.bench_stream`."""
+
+    out: str = field(default="", metadata={"help": "JSON file; results/stream.json or stream_quick.json if empty"})
+    quick: bool = field(default=False, metadata={"help": "see whether it works; its numbers mean nothing"})
+    rounds: int = field(default=7, metadata={"help": "measurements of each number"})
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = all cores"})
+    detector: str = field(default="", metadata={"help": "adapter GGUF; the shipped one if empty"})
+    quantisation: str = field(default="Q8_0", metadata={"help": "of the detector's base: F32, F16, Q8_0, Q4_0, base"})
+    streams: int = field(default=10_000, metadata={"help": "short streams in a row"})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    short: int = 200  # tokens
+    long: int = 4000
+    answer: int = 200  # tokens that the base model writes
+    client: int = 100  # tokens of each client's answer
+    clients: int = 16
+
+
+QUICK = Sizes(16, 80, 12, 8, 4)
+
+
+def run(config):
+    """Measure, print the ratios on stdout and write the JSON file.
+
+    Returns:
+        dict of kind "bench_stream".
+    Raises:
+        ValueError: fewer than 2 rounds.
+    """
+    if config.rounds < 2:
+        raise ValueError(f"bench_stream: rounds must be at least 2, got {config.rounds}. One number has no spread.")
+    sizes, rounds, n_streams = (QUICK, 2, 20) if config.quick else (Sizes(), config.rounds, config.streams)
+    threads = config.threads or cpu_threads()
+    # "report": nothing ends early, whatever the scores are.
+    guard = Protector(config.detector or None, False, threshold=1.0, on_flag="report",
+                      detector_options={"quantisation": config.quantisation, "n_threads": threads})
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    result = {"kind": "bench_stream", "quick": config.quick, "threads": threads, "load_before": load, "quantisation": guard.detector.quantisation,
+              "depth": guard.detector.metadata.depth, "step_tokens": STEP_TOKENS}
+    for name, part in (("flat", lambda: flat(guard, sizes, rounds)), ("generation", lambda: generation(guard, sizes, rounds, threads)),
+                       ("clients", lambda: clients(guard, sizes, rounds)), ("in_a_row", lambda: in_a_row(guard, n_streams))):
+        print(f"bench_stream: {name}", file=sys.stderr, flush=True)
+        result[name] = part()
+    result |= {"targets": targets(result), "busy": busy(result)}
+    out = Path(config.out or f"results/stream{'_quick' if config.quick else ''}.json")
+    record.write(out.parent, out.stem, result, config)
+    print(json.dumps(record.plain(result["targets"]), indent=1))
+    for what in result["busy"]:
+        print(f"bench_stream: {what} spread widely. Run again on a quiet machine.", file=sys.stderr)
+    return result
+
+
+def targets(result):
+    """{name: {"value", "bound", "holds"}}."""
+    found = {"scoring, share of generating": (result["generation"]["share"]["median"], COST, False),
+             "wait after the last token, generation steps": (result["generation"]["wait_steps"]["median"], WAIT_STEPS, False),
+             "a token of a long stream, against a short one's": (result["flat"]["ratio"]["median"], FLAT, False),
+             "streams of many clients, against one": (result["clients"]["streams"]["ratio"]["median"], CLIENTS, True)}
+    if result["in_a_row"]["grown_bytes"] is not None:
+        found["bytes grown over all short streams"] = (result["in_a_row"]["grown_bytes"], GROWTH_BYTES, False)
+    return {name: {"value": value, "bound": bound, "holds": value >= bound if at_least else value <= bound}
+            for name, (value, bound, at_least) in found.items()}
+
+
+def text_of(guard, n_tokens):
+    """Harmless text of about n tokens."""
+    return guard.detector.tokenizer.decode(guard.detector.template.encode(FILLER * (n_tokens // 40 + 1))[:n_tokens])
+
+
+def streamed(guard, text, question=QUESTION):
+    """Guard a text word by word, as a model's client gets it; returns the verdict."""
+    return list(guard.stream(question, re.findall(r"\s*\S+", text)))[-1].verdict
+
+
+def flat(guard, sizes, rounds):
+    """Milliseconds of a token in a short stream and in a long one."""
+    texts = {f"{n} tokens": text_of(guard, n) for n in (sizes.short, sizes.long)}
+
+    def ms_per_token(text):
+        return lambda: 1e3 * seconds(lambda: streamed(guard, text)) / len(guard.detector.template.encode(text))
+
+    values = in_turns({name: ms_per_token(text) for name, text in texts.items()}, rounds)
+    short, long = map(np.array, values.values())
+    return {"ms_per_token": {name: described(value) for name, value in values.items()}, "ratio": described(long / short)}
+
+
+def generation(guard, sizes, rounds, threads):
+    """The base model writes an answer, and the guard scores it as it comes: each token's two times, in turns."""
+    bare = Bare(_Weights.of(base_path(), 0), threads)
+    template, tokenizer = guard.detector.template, guard.detector.tokenizer
+    prompt = template.prefix(template.encode(QUESTION))
+
+    def answer():
+        state, written_s, scored_s = StreamGuard(guard, QUESTION), 0.0, 0.0
+        bare.read(prompt)
+        for _ in range(sizes.answer):
+            start = time.perf_counter()
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(bare.pointer, -1), (bare.n_vocab,))
+            logits[template.end] = -np.inf  # it has more to say
+            token = int(logits.argmax())
+            bare.step([token])
+            written = time.perf_counter()
+            state.push(tokenizer.decode([token]))
+            written_s, scored_s = written_s + written - start, scored_s + time.perf_counter() - written
+        return written_s, scored_s, seconds(state.finish)
+
+    written_s, scored_s, waited_s = np.array(in_turns({"answer": answer}, rounds)["answer"]).T
+    step_s = written_s / sizes.answer
+    return {"written_tokens_per_s": described(1 / step_s), "scored_ms_per_token": described(1e3 * scored_s / sizes.answer),
+            "share": described((scored_s + waited_s) / written_s), "wait_steps": described(waited_s / step_s), "wait_ms": described(1e3 * waited_s)}
+
+
+def clients(guard, sizes, rounds):
+    """Tokens a second of one client and of many, each in a thread: streams, and whole answers."""
+    text = text_of(guard, sizes.client)
+    n = len(guard.detector.template.encode(text))
+
+    def rate(work, n_clients):
+        def measured():
+            with ThreadPoolExecutor(n_clients) as pool:
+                return n * sizes.clients / seconds(lambda: list(pool.map(lambda _: work(text), range(sizes.clients))))
+
+        return measured
+
+    found = {}
+    for name, work in (("streams", lambda text: streamed(guard, text)), ("whole_answers", lambda text: guard.guard(QUESTION, text))):
+        values = in_turns({"one": rate(work, 1), "many": rate(work, sizes.clients)}, rounds)
+        one, many = map(np.array, values.values())
+        found[name] = {"tokens_per_s": {key: described(value) for key, value in values.items()}, "ratio": described(many / one)}
+    return {"clients": sizes.clients, **found}
+
+
+def in_a_row(guard, n):
+    """Resident bytes before and after n short streams."""
+    def several(count):
+        for i in range(count):
+            streamed(guard, f"The tram number {i} stops here.", "")
+        gc.collect()
+        return resident_bytes()
+
+    before = several(max(n // 20, 2))  # what is allocated once
+    took_s = -time.monotonic()
+    after = several(n)
+    return {"streams": n, "ms_each": 1e3 * (took_s + time.monotonic()) / n, "before_bytes": before, "after_bytes": after,
+            "grown_bytes": None if before is None else after - before}
+
+
+def resident_bytes():
+    """Memory of this process that is in RAM, or None where the system doesn't say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        return None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m protector.bench_stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, StreamBenchConfig)
+    run(config_from(parser.parse_args(argv), StreamBenchConfig))
+
+
+if __name__ == "__main__":
+    main()

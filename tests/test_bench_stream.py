@@ -1,0 +1,45 @@
+"""The streams' benchmark: its bounds by hand, and one small run on the tiny model."""
+import json
+
+import numpy as np
+import pytest
+
+from protector import Protector, bench, bench_stream
+from protector.bench_stream import StreamBenchConfig, targets
+
+
+def test_targets_by_hand():
+    result = {"generation": {"share": {"median": 0.25}, "wait_steps": {"median": 2.1}}, "flat": {"ratio": {"median": 1.0}},
+              "clients": {"streams": {"ratio": {"median": 1.49}}}, "in_a_row": {"grown_bytes": None}}
+    assert [found["holds"] for found in targets(result).values()] == [True, False, True, False]
+    result["in_a_row"]["grown_bytes"] = (8 << 20) + 1
+    assert targets(result)["bytes grown over all short streams"] == {"value": (8 << 20) + 1, "bound": 8 << 20, "holds": False}
+
+
+def test_one_round_is_refused():
+    with pytest.raises(ValueError, match=r"^bench_stream: rounds must be at least 2, got 1\. One number has no spread\.$"):
+        bench_stream.run(StreamBenchConfig(rounds=1))
+
+
+def test_resident_memory_counts_what_is_touched():
+    before = bench_stream.resident_bytes()
+    if before is None:
+        pytest.skip("this system doesn't say how much memory a process has")
+    block = np.ones(8 << 20, np.uint8)
+    assert 7 << 20 < bench_stream.resident_bytes() - before < 32 << 20 and block.all()
+
+
+def test_a_quick_run_measures_everything(llama_detector, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SETTLE_S", 0)
+    monkeypatch.setattr(bench_stream, "Protector", lambda source, *rest, detector_options, **options: Protector(llama_detector, *rest, **options))
+    monkeypatch.setattr(bench_stream, "base_path", lambda: tiny.gguf)
+    out = tmp_path / "stream.json"
+    bench_stream.main(["--quick", "--threads", "1", "--out", str(out)])
+    printed, written = json.loads(capsys.readouterr().out), json.loads(out.read_text())
+    assert written["kind"] == "bench_stream" and written["quick"] and written["run"]["versions"]["llama_cpp_python"]
+    assert printed == written["targets"] and {name.split(",")[0] for name in printed} == {
+        "scoring", "wait after the last token", "a token of a long stream", "streams of many clients", "bytes grown over all short streams"}
+    assert written["flat"]["ratio"]["n"] == 2 and set(written["flat"]["ms_per_token"]) == {"16 tokens", "80 tokens"}
+    assert written["generation"]["share"]["median"] > 0 < written["generation"]["wait_steps"]["median"]
+    assert written["clients"]["streams"]["ratio"]["median"] > 0 < written["clients"]["whole_answers"]["ratio"]["median"]
+    assert written["in_a_row"]["streams"] == 20 and llama_detector._streams[1] == {}
