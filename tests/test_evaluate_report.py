@@ -96,11 +96,12 @@ def test_one_command_makes_every_result_table_and_plot(results):
 
 
 def test_most_limits_every_part_that_scores(tmp_path):
-    run(tmp_path, "detectors", "replay", "utility", most=10)
+    run(tmp_path, "judge", "detectors", "replay", "utility", most=4)
     made = found(tmp_path)
-    assert made["detectors"]["rows"] == 20 and [part["n"] for part in made["detectors"]["sources"].values()] == [10, 10]
-    assert all(part["human"]["n"] == 10 for part in made["replay"]["sources"].values())
-    assert all(part["n"] <= 10 for part in made["utility"]["sources"].values())
+    assert made["judge"]["trained_on"] == {"first": 40, "second": 40} and made["judge"]["measured"]["all"]["n"] == 8
+    assert made["detectors"]["rows"] == 8 and [part["n"] for part in made["detectors"]["sources"].values()] == [4, 4]
+    assert all(part["human"]["n"] == 4 for part in made["replay"]["sources"].values())
+    assert all(part["n"] <= 4 for part in made["utility"]["sources"].values())
 
 
 def test_a_replayed_benchmark_and_related_images_from_the_command_line(tmp_path):
