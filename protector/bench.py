@@ -164,14 +164,14 @@ class Bare:
     Args:
         weights: llama._Weights. n_threads: CPU threads.
         adapter: adapter GGUF that is applied at run time, or None.
-        embeddings: read hidden states, which spares a single token the product with the vocabulary.
+
+    It reads no hidden states: where they are asked for, llama.cpp multiplies each token with the vocabulary, not the last alone.
     """
 
-    def __init__(self, weights, n_threads, adapter=None, embeddings=False, n_ctx=1024):
+    def __init__(self, weights, n_threads, adapter=None, n_ctx=1024):
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = n_ctx, _BATCH_TOKENS, _BATCH_TOKENS
         options.n_threads = options.n_threads_batch = n_threads
-        options.embeddings = embeddings
         self.weights, self.pointer = weights, llama_cpp.llama_init_from_model(weights.pointer, options)
         if not self.pointer:
             raise ModelError(f"bench: llama.cpp must get memory for {n_ctx} tokens, got none.")
@@ -354,7 +354,7 @@ def _prefill(detector, plain, n, rounds, sizes, missing, threads):
 
 def _streaming(detector, plain, n, rounds, missing, threads):
     prefix, ids = _ids(detector, 32), _ids(detector, 32 + n)[32:]
-    bare = Bare(detector.context.weights, threads, _adapter(detector), embeddings=True)
+    bare = Bare(detector.context.weights, threads, _adapter(detector))
 
     def ours():
         cursor = detector.open()
@@ -678,24 +678,23 @@ def sweep(config, sizes, rounds, threads):
         "quantisation": {name: {"quantisation": name} for name in sizes.quantisations},
         "LoRA": {"none": {}, "at run time": {"adapter": path}, "merged": {"merged": path}},
         "threads": {str(count): {"n_threads": count} for count in sorted({1, 2, cpu_threads()}) if count <= cpu_threads()},
-        "detoxifier": {name: {"depth": whole, "quantisation": name, "writes": True} for name in sizes.quantisations},
+        "detoxifier": {name: {"depth": whole, "quantisation": name} for name in sizes.quantisations},
     }
     result = {"kind": "bench_sweep", "tokens": n, "depth": depth, "quantisation": "Q8_0", "axes": {}}
     for axis, settings in axes.items():
         _say(axis)
         points = {name: _point(**{"depth": depth, "n_threads": threads, **setting}) for name, setting in settings.items()}
-        prefill = in_turns({name: rate(n, lambda bare=bare: bare.read(ids[:n])) for name, (bare, _) in points.items()}, rounds)
-        stream = in_turns({name: lambda bare=bare: sizes.stream / bare.feed(ids[:n], ids[n:]) for name, (_, bare) in points.items()}, rounds)
+        prefill = in_turns({name: rate(n, lambda bare=bare: bare.read(ids[:n])) for name, bare in points.items()}, rounds)
+        stream = in_turns({name: lambda bare=bare: sizes.stream / bare.feed(ids[:n], ids[n:]) for name, bare in points.items()}, rounds)
         result["axes"][axis] = {name: {
             "prefill": described(prefill[name]), "token by token": described(stream[name]),
-            "bytes": llama_cpp.llama_model_size(bare.weights.pointer)} for name, (bare, _) in points.items()}
+            "bytes": llama_cpp.llama_model_size(bare.weights.pointer)} for name, bare in points.items()}
     return result
 
 
-def _point(depth, n_threads, quantisation="Q8_0", adapter=None, merged=None, writes=False):
-    """(Bare that reads, Bare that goes token by token) on the base's first blocks."""
-    weights = _Weights.of(gguf.runnable_base(base_path(), depth, quantisation, merged), -1)
-    return Bare(weights, n_threads, adapter), Bare(weights, n_threads, adapter, embeddings=not writes)
+def _point(depth, n_threads, quantisation="Q8_0", adapter=None, merged=None):
+    """Bare on the base's first blocks."""
+    return Bare(_Weights.of(gguf.runnable_base(base_path(), depth, quantisation, merged), -1), n_threads, adapter)
 
 
 def sweep_markdown(result):
@@ -704,5 +703,5 @@ def sweep_markdown(result):
         (axis, name, _number(point["prefill"]), _number(point["token by token"]), f"{point['bytes'] / 1e6:.0f}")
         for axis, points in result["axes"].items() for name, point in points.items()])
     lines += ["", f"llama.cpp bare, {result['depth']} blocks in {result['quantisation']} without an adapter where the row doesn't say otherwise; the "
-              "detoxifier has all blocks and projects each token on the vocabulary. base is the base model's own Q4_1."]
+              "detoxifier has all blocks. base is the base model's own Q4_1."]
     return "\n".join(lines + _footer(result))
