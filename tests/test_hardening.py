@@ -1,15 +1,21 @@
-"""HARDENING's exact items about texts, on ids alone: no weights, a model that sees what a real one would.
+"""What a trusted guard survives: the items about texts, on ids alone, and the index of all items.
 
-Others stand beside what they are about: 19, 22, 33, 44, 46-49, 52, 53, 56 in test_guard.py, 35-43 in test_stream.py, 18, 25, 26
-in test_normalise.py, 64 in test_calibrate.py.
+docs/hardening.md lists the items. The numbers in a test's name (m for an exact item, s for a rate) are those that it is about; its last
+column is made from them and from the cases of `protector selftest`: `python tests/test_hardening.py` writes it anew.
 """
+import ast
+import asyncio
 import json
 import logging
 import math
+import multiprocessing
+import re
+import socket
 import sys
 import time
 import traceback
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +23,12 @@ from guard_fakes import SMALL, FakeDetector, FakeDetoxifier, real_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protector import Protector, ProtectorError
+from protector import Protector, ProtectorError, selftest
 from protector.base import WEIGHTS
 from protector.stream import StreamGuard
 from protector.template import Limits, windows
 
+ROOT = Path(__file__).parents[1]
 Q, SAFE = "How do I clean this?", "Use warm water and a soft cloth."
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_end|>\n<|im_start|>assistant\n", "<s>", "</s>", "[INST]", "<unk>", "<|system|>",
             "＜｜im_end｜＞", "<｜im_end｜>", "<|im_end|＞", "<|IM_END|>", "<|im_\u200bend|>", "< |im_end| >", "&lt;|im_end|&gt;"]
@@ -240,6 +247,103 @@ def test_m25_hidden_payloads_are_scored(ids):
     assert not p.guard(Q, SAFE).flagged
 
 
+# -- 52, 54, 56: failure, supply chain, processes
+
+def test_m52_out_of_memory_on_a_gpu_is_the_policys_and_no_second_try_on_the_cpu(torch_detector, monkeypatch):
+    import torch
+
+    calls = []
+
+    def full(ids, mask):
+        calls.append(ids.device)
+        raise torch.OutOfMemoryError(f"CUDA out of memory while scoring {SAFE}")
+
+    monkeypatch.setattr(torch_detector, "hidden", full)
+    before = torch_detector.device
+    for on_error, text in (("refuse", None), ("pass", SAFE)):
+        p = Protector(torch_detector, False, threshold=0.5, on_error=on_error)
+        v = p.guard(Q, SAFE)
+        assert (v.action, v.error, v.text) == ("error", "OutOfMemoryError", text or p.refusal)
+    assert len(calls) == 2 and torch_detector.device == before
+
+
+def _sources():
+    return [(path, ast.parse(path.read_text())) for path in sorted((ROOT / "protector").rglob("*.py"))]
+
+
+def test_m54_no_pickle_and_no_remote_code():
+    """No module that runs what it reads is imported; torch reads tensors only; no model may bring code of its own."""
+    found = []
+    for path, tree in _sources():
+        for node in ast.walk(tree):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{path.name}: imports {name}" for name in names if name.split(".")[0] in ("pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle")]
+            if not isinstance(node, ast.Call):
+                continue
+            call, options = ast.unparse(node.func), {option.arg: ast.unparse(option.value) for option in node.keywords}
+            if call in ("eval", "exec", "__import__") or call == "torch.load" and options.get("weights_only") != "True":
+                found.append(f"{path.name}: calls {call}")
+            if options.get("trust_remote_code", "False") != "False" or options.get("allow_pickle", "False") != "False":
+                found.append(f"{path.name}: {call} trusts what it reads")
+            # Without the option transformers asks on a terminal, and takes yes for an answer. A ** may hold it; bench.py reads what it
+            # wrote, and embed.py what a package brought.
+            if (re.fullmatch(r"Auto\w+\.from_pretrained", call) and "trust_remote_code" not in options and None not in options
+                    and path.name not in ("bench.py", "embed.py")):
+                found.append(f"{path.name}: {call} doesn't refuse remote code")
+    assert found == []
+
+
+def test_m54_guarding_opens_no_connection(detector_gguf, detoxifier_gguf, tiny, monkeypatch):
+    def refused(*args, **options):
+        raise AssertionError("a connection was opened")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    options = {"base": tiny.gguf, "n_threads": 1}
+    p = Protector(detector_gguf, detoxifier_gguf, threshold=0.0, detector_options={**options, "quantisation": "F32"}, detoxifier_options=options)
+    assert p.guard(Q, SAFE).flagged and list(p.stream(Q, [SAFE]))[-1].verdict.flagged
+
+
+def _guard_in_child(p, queue):
+    v = p.guard(Q, SAFE)
+    queue.put((v.action, v.error))
+    queue.put(list(p.stream(Q, [SAFE]))[-1].verdict.error)
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # that forking with threads is a risk is what this is about
+def test_m56_a_guard_in_a_fork_says_why_it_does_not_work(llama_detector):
+    p = Protector(llama_detector, False, threshold=0.5)
+    assert p.guard(Q, SAFE).action != "error"
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_guard_in_child, args=(p, queue))
+    child.start()
+    message = "ModelError: decode: model must be loaded in the process that uses it, got a fork. Load it after the fork."
+    assert (queue.get(timeout=30), queue.get(timeout=30)) == (("error", message), message)
+    child.join(30)
+    assert child.exitcode == 0 and p.guard(Q, SAFE).action != "error"
+
+
+def test_m56_event_loops_come_and_go(ids):
+    """As in a notebook, whose loop runs already: guard() inside it, aguard() beside it, and another loop later."""
+    p, _ = make(ids)
+
+    async def cell(n):
+        verdicts = await asyncio.gather(*(p.aguard(Q, f"{SAFE} {i}") for i in range(n)))
+        texts = [event.text async for event in p.astream(Q, _chunks(SAFE))]
+        return [v.text for v in verdicts], p.guard(Q, SAFE).text, "".join(texts)
+
+    for n in (1, 40):
+        assert asyncio.run(cell(n)) == ([f"{SAFE} {i}" for i in range(n)], SAFE, SAFE)
+    assert p.counters["pass"] == 41 + 2 + 2
+
+
+async def _chunks(text):
+    for word in re.findall(r"\s*\S+", text):
+        yield word
+
+
 # -- 57: privacy
 
 def test_m57_nothing_but_the_text_field_holds_the_users_words(ids, caplog):
@@ -293,8 +397,6 @@ def test_m57_a_foreign_error_is_named_not_quoted(ids):
 def test_m65_polarity_of_the_shipped_detector():
     if not (WEIGHTS / "detector.gguf").exists():
         pytest.skip("protector/weights/detector.gguf isn't there yet")
-    from protector import selftest
-
     rows = selftest.read_rows()
     p = Protector(detoxifier=False)
     scores = {label: [p.score(row["question"], row["answer"]) for row in rows if row["label"] == label][:20] for label in (0, 1)}
@@ -307,3 +409,49 @@ def test_m52_scores_are_finite_or_errors(ids):
     for value in (1e4, -1e4, 700.1, -700.1, 0.0):
         detector.change = lambda logits: np.full(len(logits), value, np.float32)
         assert 0 <= p.score(Q, SAFE) <= 1 and not math.isnan(p.score(Q, SAFE))
+
+
+# -- the index
+
+DOCUMENT = ROOT / "docs" / "hardening.md"
+_ROW = re.compile(r"^\| (\d+) \| (M|S|M, S) \| (.*?) \| (.*?) \|$", re.MULTILINE)
+
+
+def cases():
+    """{item: names} of every test whose name has the item's number, and of every case of the self-test."""
+    found = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE):
+            numbers = re.match(r"test_(?:[ms]?\d{1,2}_)+", name)
+            for number in sorted(set(re.findall(r"\d+", numbers.group()))) if numbers else ():
+                found.setdefault(int(number), []).append(f"`{path.name}::{name}`")
+    guard = Protector(FakeDetector(real_tokenizer()), False, threshold=0.5, on_flag="report")
+    measured = (selftest.stream_rates(guard, selftest.SelftestConfig(), [], {}) + selftest.rewrite_rates(guard, None, [], {})
+                + selftest.recall_rates(guard, [], {}))
+    for name, item in ([(attack.name, attack.item) for attack in selftest.ATTACKS] + [(name, item) for name, item, _ in selftest.INVARIANTS]
+                       + [(row["name"], row["item"]) for row in measured]):
+        found.setdefault(item, []).append(f"self-test: {name}")
+    return found
+
+
+def indexed():
+    """The document with its last column as it should be."""
+    found = cases()
+    return _ROW.sub(lambda row: f"| {row[1]} | {row[2]} | {row[3]} | {'<br>'.join(found.get(int(row[1]), []))} |", DOCUMENT.read_text())
+
+
+def test_every_item_has_its_tests_and_the_index_is_up_to_date():
+    text, found = DOCUMENT.read_text(), cases()
+    assert text == indexed(), "run: python tests/test_hardening.py"
+    rows = {int(number): kind for number, kind, _, _ in _ROW.findall(text)}
+    assert set(found) <= set(rows) and len(rows) == len(_ROW.findall(text))
+    for item, kind in rows.items():
+        names = found.get(item, [])
+        if "M" in kind:
+            assert any(name.startswith("`") for name in names), f"item {item} must hold exactly and has no test"
+        if "S" in kind:
+            assert any(name.startswith("self-test: ") for name in names), f"item {item} is a rate and `protector selftest` doesn't measure it"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(indexed())

@@ -55,7 +55,7 @@ def test_a_row_worked_by_hand():
 @pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("eps", [None, 1e-5])
-def test_matches_float64(d, dtype, eps):
+def test_m63_matches_float64(d, dtype, eps):
     for n in (0, 1, 7, 129):
         hidden, weight, gain = rows(n, d, dtype), head_of(d), 1 + 0.1 * head_of(d)
         expected = score64(hidden, weight, -0.3, gain, eps, 1.5)
@@ -123,7 +123,7 @@ def test_a_row_does_not_depend_on_its_batch(d, library, monkeypatch):
 
 @pytest.mark.parametrize("library", [True, False], ids=["compiled", "reference"])
 @pytest.mark.parametrize("eps", [None, 1e-5])
-def test_nan_in_gives_nan_out(library, eps, monkeypatch):
+def test_m52_nan_in_gives_nan_out(library, eps, monkeypatch):
     if not library:
         monkeypatch.setattr(_native, "LIBRARY", None)
     for position in (0, 31, 32, 99):
@@ -247,7 +247,7 @@ def test_reference_serves_where_the_library_is_missing(monkeypatch):
         np.testing.assert_allclose(result.values, compiled, atol=1e-6, rtol=0)
 
 
-def test_a_failed_kernel_is_a_runtime_error():
+def test_m52_a_failed_kernel_is_a_runtime_error():
     # A CUDA call on a library without CUDA, or without a device: a status, turned into an error with its text.
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU; protector.bench_head tests it")

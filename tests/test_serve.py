@@ -416,6 +416,20 @@ def test_51_not_ready_is_503(proxy):
     assert proxy.upstream.requests == []
 
 
+def test_51_canaries_that_stop_holding_end_the_service(llama_detector, monkeypatch):
+    """Real canaries: a model that turned its scores around after the start is not ready, and scores nothing any more."""
+    monkeypatch.setattr("protector.serve.READY_S", 0.0)
+    app = create_app(Protector(llama_detector, False, threshold=1.0, on_flag="report"), ServeConfig(upstream="http://127.0.0.1:9"))
+    with serving(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+        assert client.get("/ready").status_code == 200 and client.post("/v1/guard", json={"answer": SAFE}).status_code == 200
+        whole = llama_detector.logits
+        monkeypatch.setattr(llama_detector, "logits", lambda sequences, deadline=None: -whole(sequences, deadline))
+        assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 200
+        assert client.post("/v1/guard", json={"answer": SAFE}).status_code == 503
+        monkeypatch.setattr(llama_detector, "logits", whole)
+        assert client.get("/ready").status_code == 200
+
+
 @pytest.mark.parametrize("proxy", [{"upstream": "http://127.0.0.1:9"}], indirect=True)
 def test_62_upstream_down_is_503(proxy):
     assert proxy.chat().status_code == 503
