@@ -15,7 +15,9 @@ An adapter file is a llama.cpp LoRA adapter (tensors <name>.lora_a, <name>.lora_
     protector.canaries         string   JSON: [{question, answer, label, score}], scored in PyTorch fp32 at export
     protector.calibration      string   JSON: see calibrate.py
 
-A merged file has the same keys in a whole model.
+A merged file has the same keys in a whole model. In a merged detector, and in the merged copy that an adapter runs on, an identity
+stands where the matrix to the vocabulary was (key output.identity): the first d "logits" are the hidden state. Asked for embeddings
+instead, llama.cpp multiplies every token with the vocabulary, a third of 15 blocks' work; asked for logits, the last token alone.
 """
 import ctypes
 import hashlib
@@ -37,6 +39,7 @@ FORMAT_VERSION = 1
 AS_BASE = "base"  # the quantisation that the base file has
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers (enum llama_ftype)
 MAX_ENTRIES, MAX_TENSORS = 2_000_000, 20_000  # of all arrays of a file, most of them a vocabulary's; of a model's tensors
+OUTPUT, IDENTITY_OUTPUT = "output.weight", "output.identity"
 _PREFIX = "protector."
 
 
@@ -252,7 +255,12 @@ def _copy_fields(reader, writer, changed):
 
 
 def _copy_model(reader, target, depth, merged=None, metadata=None):
-    """Copy the first `depth` blocks of a GGUF model; tensors in `merged` {name: float32 array} replace the file's own."""
+    """Copy the first `depth` blocks of a GGUF model.
+
+    Args:
+        merged: {name: float32 array} in place of the file's own tensors; an output.weight that the file doesn't have is added.
+        metadata: Metadata of a merged file.
+    """
     import gguf
 
     architecture = reader.fields["general.architecture"].contents()
@@ -262,10 +270,15 @@ def _copy_model(reader, target, depth, merged=None, metadata=None):
     writer.add_uint32(blocks, depth)
     if merged:
         writer.add_file_type(FILE_TYPES["F32"])
+        if OUTPUT in merged:
+            writer.add_bool(IDENTITY_OUTPUT, True)
+            writer.add_tensor(OUTPUT, merged[OUTPUT])
     if metadata is not None:
         _add_metadata(writer, metadata)
     for tensor in reader.tensors:
         if tensor.name.startswith("blk.") and int(tensor.name.split(".")[1]) >= depth:
+            continue
+        if merged and tensor.name == OUTPUT and OUTPUT in merged:
             continue
         if merged and tensor.name in merged:
             writer.add_tensor(tensor.name, merged[tensor.name])
@@ -276,7 +289,7 @@ def _copy_model(reader, target, depth, merged=None, metadata=None):
     _write(writer, target)
 
 
-def _quantise(source, target, quantisation):
+def _quantise(source, target, quantisation, identity=False):
     """llama.cpp's own quantiser; a source that is quantised already is allowed (the base ships as Q4_1)."""
     import llama_cpp
 
@@ -285,6 +298,8 @@ def _quantise(source, target, quantisation):
     quiet()
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype, options.allow_requantize, options.nthread = FILE_TYPES[quantisation], True, cpu_threads()
+    if identity:  # exact in float16, and states that pass through it aren't rounded to 8 bits
+        options.output_tensor_type = FILE_TYPES["F32" if quantisation == "F32" else "F16"]
     with _whole_file(target) as partial:
         if llama_cpp.llama_model_quantize(str(source).encode(), partial.encode(), ctypes.byref(options)) != 0:
             raise ModelError(f"export: llama.cpp must quantise {source} to {quantisation}, got an error. Free disk space, or "
@@ -331,8 +346,9 @@ def runnable_base(base, depth, quantisation, adapter=None):
         return target
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
         cut = Path(folder) / "cut.gguf"
-        _copy_model(reader, cut, depth, adapter and _merge(reader, *_adapter_tensors(_reader(adapter))))
-        _quantise(cut, target, quantisation)
+        output = _identity_output(reader) if adapter else {}
+        _copy_model(reader, cut, depth, adapter and _merge(reader, *_adapter_tensors(_reader(adapter))) | output)
+        _quantise(cut, target, quantisation, bool(output))
     return target
 
 
@@ -342,6 +358,12 @@ def _adapter_tensors(reader):
     names = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
     return ({name: (tensors[name + ".lora_a"], tensors[name + ".lora_b"]) for name in names},
             float(reader.fields["adapter.lora.alpha"].contents()))
+
+
+def _identity_output(reader):
+    """{OUTPUT: (vocabulary, d) float32 with ones on its diagonal}, or {} where the vocabulary is smaller than d."""
+    n_vocab, d = {tensor.name: tensor for tensor in reader.tensors}["token_embd.weight"].shape[::-1]
+    return {OUTPUT: np.eye(n_vocab, d, dtype=np.float32)} if n_vocab >= d else {}
 
 
 def _merge(reader, halves, alpha):
@@ -485,13 +507,14 @@ def export_merged(model, path, quantisation="Q8_0", base=None, canaries=()):
         raise ValueError(f"export_merged: quantisation must be one of {', '.join(FILE_TYPES)}, got {quantisation}.")
     reader = _reader(base)
     merged = _merge(reader, _lora_tensors(model), model.config.alpha) if model.config.rank else _full_tensors(model)
+    output = _identity_output(reader) if model.config.kind == "detector" else {}
     metadata = _metadata_of(model, base, canaries)
     metadata = replace(metadata, model_sha256=model_sha256(metadata, merged), merged=True, quantisation=quantisation)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
         whole = Path(folder) / "merged.gguf"
-        _copy_model(reader, whole, model.config.depth, merged, metadata)
-        _quantise(whole, path, quantisation)
+        _copy_model(reader, whole, model.config.depth, merged | output, metadata)
+        _quantise(whole, path, quantisation, bool(output))
     return metadata
 
 

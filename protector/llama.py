@@ -119,6 +119,9 @@ class _Weights:
             raise ModelError(f"load: {path} must be a model that llama.cpp loads, got an error ({'; '.join(_log_lines)}). "
                              "Copy or export it again.")
         self.vocab = llama_cpp.llama_model_get_vocab(self.pointer)
+        value = ctypes.create_string_buffer(8)
+        llama_cpp.llama_model_meta_val_str(self.pointer, gguf.IDENTITY_OUTPUT.encode(), value, len(value))
+        self.has_identity_output = value.value == b"true"
 
     @classmethod
     def of(cls, path, n_gpu_layers):
@@ -176,13 +179,15 @@ class LlamaTokenizer:
 class _Context:
     """One llama.cpp context: weights, an optional adapter, a KV cache, and a lock around them."""
 
-    def __init__(self, weights, adapter, n_ctx, embeddings, n_threads, n_sequences=1):
+    def __init__(self, weights, adapter, n_ctx, hidden, n_threads, n_sequences=1):
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = n_ctx, _BATCH_TOKENS, _BATCH_TOKENS
         options.n_seq_max, options.kv_unified = n_sequences, True
         options.n_threads = options.n_threads_batch = n_threads or cpu_threads()
-        options.embeddings, options.pooling_type = embeddings, llama_cpp.LLAMA_POOLING_TYPE_NONE
-        if embeddings:
+        self.states = llama_cpp.llama_get_logits_ith if weights.has_identity_output else llama_cpp.llama_get_embeddings_ith
+        options.embeddings = hidden and not weights.has_identity_output
+        options.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE
+        if hidden:
             # Its CPU kernel sums values in float16, in an order that depends on the batch: logits of one text differed by 8e-3
             # between a stream and the whole, and by 4e-4 without it. It would be 7 % faster.
             options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -224,11 +229,11 @@ class _Context:
         if status != 0:
             raise RuntimeError(f"decode: llama.cpp must decode {len(entries)} tokens, got status {status}.")
 
-    def embedding(self, i):
-        """(d,) float32 of batch entry i."""
-        pointer = llama_cpp.llama_get_embeddings_ith(self.pointer, i)
+    def hidden(self, i):
+        """(d,) float32 hidden state of batch entry i, which wanted an output; valid until the next decode."""
+        pointer = self.states(self.pointer, i)
         if not pointer:
-            raise RuntimeError(f"embedding: llama.cpp must return hidden states of entry {i}, got none.")
+            raise RuntimeError(f"hidden: llama.cpp must return hidden states of entry {i}, got none.")
         return np.ctypeslib.as_array(pointer, shape=(self.n_embd,))
 
     def clear(self, sequence=-1):
@@ -313,7 +318,7 @@ class LlamaDetector:
                     deadline()
                 self.context.decode(entries)
                 for index, entry in pending:
-                    results[index] = self._head(self.context.embedding(entry)[None])[0]
+                    results[index] = self._head(self.context.hidden(entry)[None])[0]
                 entries, pending = [], []
 
             for index, ids in enumerate(sequences):
@@ -414,7 +419,7 @@ class _Cursor:
     def _decode_together(self, steps):
         entries = [(token, len(step.cursor.ids) + i, step.cursor.sequence, True) for step in steps for i, token in enumerate(step.ids)]
         self.context.decode(entries)
-        logits = self.detector._head(np.stack([self.context.embedding(i) for i in range(len(entries))]))
+        logits = self.detector._head(np.stack([self.context.hidden(i) for i in range(len(entries))]))
         for step in steps:
             step.cursor.ids += step.ids
             step.logits, logits = logits[:len(step.ids)], logits[len(step.ids):]
@@ -455,7 +460,7 @@ class _Cursor:
             for begin in range(0, len(entries), _BATCH_TOKENS):
                 part = entries[begin:begin + _BATCH_TOKENS]
                 self.context.decode([(token, position + begin + i, self.sequence, wants) for i, (token, wants) in enumerate(part)])
-                hidden = [self.context.embedding(i) for i, (_, wants) in enumerate(part) if wants]  # n of (d,)
+                hidden = [self.context.hidden(i) for i, (_, wants) in enumerate(part) if wants]  # n of (d,)
                 if hidden:
                     logits.append(self.detector._head(np.stack(hidden)))
         except BaseException:

@@ -152,7 +152,8 @@ def test_merged_weights_are_base_plus_adapter(torch_detector, tiny, tmp_path):
     metadata = export_merged(torch_detector, path, "F32", tiny.gguf, canaries_of(torch_detector))
     fields, tensors = read_gguf(path)
     _, base = read_gguf(tiny.gguf)
-    assert tensors.keys() == base.keys() and fields["general.file_type"] == 0 and fields["llama.block_count"] == BLOCKS
+    assert tensors.keys() == base.keys() | {"output.weight"} and fields["general.file_type"] == 0 and fields["llama.block_count"] == BLOCKS
+    assert np.array_equal(array(tensors["output.weight"]), np.eye(*array(base["token_embd.weight"]).shape)) and fields["output.identity"] is True
     for block in range(BLOCKS):
         for name in LORA_TARGETS:
             tensor = f"blk.{block}.{SHORT[name]}.weight"
@@ -168,6 +169,7 @@ def test_merged_weights_are_base_plus_adapter(torch_detector, tiny, tmp_path):
     assert not list(path.parent.glob("*.partial")) and [p.name for p in path.parent.iterdir()] == ["merged.gguf"]
     add_calibration(path, [asdict(ENTRY)])
     assert read_gguf(path)[1] == tensors and read_metadata(path).calibration == (asdict(ENTRY),)
+    assert read_gguf(path)[0]["output.identity"] is True  # or its states would be read as embeddings of a false vocabulary
 
 
 def test_full_fine_tuning_names_every_tensor(tiny):
