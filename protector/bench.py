@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import llama_cpp
@@ -240,7 +240,7 @@ class Plain:
         export(detoxifier, Path(folder) / "detoxifier", "hf")
         self.classifier = AutoModelForSequenceClassification.from_pretrained(self.folder, dtype=self.dtype).to(self.device).eval()
         self.lm = AutoModelForCausalLM.from_pretrained(Path(folder) / "detoxifier", dtype=self.dtype).to(self.device).eval()
-        self.compiled = torch.compile(self.classifier)
+        self.compiled = torch.compile(self.classifier, dynamic=False)  # the strongest: one compilation for each length
 
     def score(self, ids, model=None):
         """Logit of one sequence; .item() waits for a GPU."""
@@ -313,11 +313,10 @@ def _say(what):
 
 def _of_file(model):
     """What a loaded model runs on."""
-    weights = model._weights if hasattr(model, "_weights") else model.context.weights
-    n_vocab, d = llama_cpp.llama_vocab_n_tokens(weights.vocab), llama_cpp.llama_model_n_embd(weights.pointer)
-    n = llama_cpp.llama_model_n_params(weights.pointer)
+    weights = model.context.weights
+    blocks = sum(int(tensor.n_elements) for tensor in gguf._reader(weights.path).tensors if tensor.name.startswith("blk."))
     return {"quantisation": model.quantisation, "depth": model.metadata.depth, "adapter_at_run_time": _adapter(model) is not None,
-            "parameters": n, "parameters_of_blocks": n - n_vocab * d,  # the embedding is the output as well
+            "parameters": llama_cpp.llama_model_n_params(weights.pointer), "parameters_of_blocks": blocks,
             "bytes": llama_cpp.llama_model_size(weights.pointer), "file_bytes": os.path.getsize(weights.path)}
 
 
@@ -523,27 +522,27 @@ def _machine(torch, sizes, rounds, result):
 def _training(depth, plain, folder, sizes, threads):
     """Tokens/s, padding not counted, of `protector train` and of a plain Trainer with the same rows, rank and rows a step."""
     from . import train
-    from .models import ModelConfig, build
+    from .models import ModelConfig, build, load_tokenizer
+    from .template import Template
 
-    device = "cuda" if plain.device.type == "cuda" else "cpu"
-    values = {"guard": [], "transformers": []}
+    template, values = Template(load_tokenizer()), {"guard": [], "transformers": []}
     for turn in range(sizes.trainings):
         out = Path(folder) / f"train-{turn}"
-        config = train.TrainConfig("detector", out=str(out), depth=depth, batch_tokens=sizes.batch_tokens, seed=turn, threads=threads, device=device,
-                                   epochs=sizes.steps * sizes.batch_tokens / 200_000)  # an epoch of the own corpus is about as many tokens
-        model = train.train(config, progress=False)
-        steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        batches = train._epoch(config, train.load_rows(config), model.template, 0)[:len(steps)]
+        config = train.TrainConfig("detector", out=str(out), depth=depth, batch_tokens=sizes.batch_tokens, seed=turn, threads=threads,
+                                   device=plain.device.type)
+        batches = train._epoch(config, train.load_rows(config), template, 0)
+        train.train(replace(config, epochs=(sizes.steps - 0.5) / len(batches)), progress=False)  # rounded up to whole steps
+        batches, steps = batches[:sizes.steps], [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         sizes_of = [sum(len(example["ids"]) for group in batch for example in group) for batch in batches]
         # A line's time is its step's start: the first step, which warms up, and the last, whose end isn't written, don't count.
         values["guard"].append(sum(sizes_of[1:-1]) / (steps[-1]["elapsed_s"] - steps[1]["elapsed_s"]))
         examples = 2 * [example for batch in batches for group in batch for example in group]  # no round ends within an epoch
         fresh = build(ModelConfig("detector", depth=depth, rank=0)).backbone
-        values["transformers"].append(_trainer_rate(fresh, examples, len(batches), model, out, plain, config))
-    return {**compared("tokens/s", values), "steps": len(steps)}
+        values["transformers"].append(_trainer_rate(fresh, examples, template, out, plain, config, sizes.steps))
+    return {**compared("tokens/s", values), "steps": sizes.steps}
 
 
-def _trainer_rate(backbone, examples, steps, ours, out, plain, config):
+def _trainer_rate(backbone, examples, template, out, plain, config, steps):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -551,7 +550,7 @@ def _trainer_rate(backbone, examples, steps, ours, out, plain, config):
     from .train import bf16_is_faster
 
     torch, settings = plain.torch, backbone.config
-    settings.num_labels, settings.pad_token_id, settings.problem_type = 1, ours.template.end, "multi_label_classification"  # BCE
+    settings.num_labels, settings.pad_token_id, settings.problem_type = 1, template.end, "multi_label_classification"  # BCE
     classifier = AutoModelForSequenceClassification.from_config(settings)
     setattr(classifier, classifier.base_model_prefix, backbone)
     model = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=config.rank, lora_alpha=config.alpha, target_modules=list(LORA_TARGETS)))

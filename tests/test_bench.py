@@ -10,7 +10,7 @@ import pytest
 
 from protector import bench
 from protector.bench import Bare, BenchConfig, busy, compared, described, in_turns
-from protector.evaluate import table
+from protector.evaluate import blocks
 from protector.llama import LlamaDetoxifier
 
 ROOT = Path(__file__).parents[1]
@@ -72,9 +72,9 @@ def test_bare_says_when_llama_cpp_fails(detoxifier_gguf, tiny):
 def test_loaded_weights_and_parameters_of_the_tiny_model(detoxifier_gguf, tiny):
     model = LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, n_threads=1)
     described = bench._of_file(model)
-    # A block: q and o of 64 x 64, k and v of 32 x 64, three products with 128, two norms; four of them, and the last norm.
-    assert described["parameters_of_blocks"] == 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64) + 64
-    assert described["parameters"] == described["parameters_of_blocks"] + 49152 * 64
+    # A block: q and o of 64 x 64, k and v of 32 x 64, three products with 128, two norms; four of them. Outside: vocabulary and last norm.
+    assert described["parameters_of_blocks"] == 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64)
+    assert described["parameters"] == described["parameters_of_blocks"] + 49152 * 64 + 64
     assert described["adapter_at_run_time"] and bench._loaded_bytes(model) == os.path.getsize(tiny.gguf) + os.path.getsize(detoxifier_gguf)
 
 
@@ -109,7 +109,7 @@ def test_targets_say_what_was_missed():
 
 
 def test_the_readme_table_comes_from_the_result():
-    text = table.RENDERERS["bench"](json.loads(json.dumps(made_up())))
+    text = blocks.RENDERERS["bench"](json.loads(json.dumps(made_up())))
     assert "| detector, 128 tokens | tokens/s | 950 (±0 %) | 1,000 (±0 %) | 500 (±0 %) | - | 0.95 | 1.90 |" in text
     assert "costs 15.0 (±0 %) % more" in text and "| wait at a stream's end, generation steps | at most 2 | 2.50 | **missed** |" in text
     assert "2 thread(s), Some CPU, 2 cores, Python 3.11, torch 2.13.0." in text
@@ -155,4 +155,4 @@ def test_a_quick_sweep_measures_each_axis(real_base, tmp_path):
     points = [point for axis in result["axes"].values() for point in axis.values()]
     assert all(point["prefill"]["median"] > 0 and point["token by token"]["median"] > 0 for point in points)
     assert result["axes"]["depth"]["2"]["bytes"] < result["axes"]["quantisation"]["Q8_0"]["bytes"]
-    assert done.stdout.strip() == table.RENDERERS["bench_sweep"](result).strip()
+    assert done.stdout.strip() == blocks.RENDERERS["bench_sweep"](result).strip()
