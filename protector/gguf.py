@@ -15,9 +15,10 @@ An adapter file is a llama.cpp LoRA adapter (tensors <name>.lora_a, <name>.lora_
     protector.canaries         string   JSON: [{question, answer, label, score}], scored in PyTorch fp32 at export
     protector.calibration      string   JSON: see calibrate.py
 
-A merged file has the same keys in a whole model. In a merged detector, and in the merged copy that an adapter runs on, an identity
-stands where the matrix to the vocabulary was (key output.identity): the first d "logits" are the hidden state. Asked for embeddings
-instead, llama.cpp multiplies every token with the vocabulary, a third of 15 blocks' work; asked for logits, the last token alone.
+A merged file has the same keys in a whole model. In a merged detector, and in the copy of the blocks that an adapter runs on, an
+identity stands where the matrix to the vocabulary was (key output.identity): the first d "logits" are the hidden state. Asked for
+embeddings instead, llama.cpp multiplies every token with the vocabulary, a third of 15 blocks' work. The copy has no vocabulary at
+all: llama.cpp gets rows of the embedding, and the tokeniser is the base's.
 """
 import ctypes
 import hashlib
@@ -254,19 +255,25 @@ def _copy_fields(reader, writer, changed):
         writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
 
 
-def _copy_model(reader, target, depth, merged=None, metadata=None):
+def _copy_model(reader, target, depth, merged=None, metadata=None, n_vocab=None):
     """Copy the first `depth` blocks of a GGUF model.
 
     Args:
         merged: {name: float32 array} in place of the file's own tensors; an output.weight that the file doesn't have is added.
         metadata: Metadata of a merged file.
+        n_vocab: rows of the embedding of a copy without a vocabulary, or None to keep the file's.
     """
     import gguf
 
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(None, architecture)
     blocks = f"{architecture}.block_count"
-    _copy_fields(reader, writer, {blocks, "general.file_type"} if merged else {blocks})
+    changed = {blocks, "general.file_type"} if merged else {blocks}
+    if n_vocab is not None:
+        changed |= {f"{architecture}.vocab_size", *(name for name in reader.fields if name.startswith("tokenizer."))}
+        writer.add_tokenizer_model("no_vocab")
+        writer.add_vocab_size(n_vocab)
+    _copy_fields(reader, writer, changed)
     writer.add_uint32(blocks, depth)
     if merged:
         writer.add_file_type(FILE_TYPES["F32"])
@@ -314,6 +321,15 @@ def _block_count(reader, path):
         raise ModelError(f"runnable_base: {path} must be a model with a number of blocks, got none. Pass a base model.") from None
 
 
+def _check_depth(reader, path, depth):
+    """Number of blocks of a model that has at least `depth`."""
+    n_blocks = _block_count(reader, path)
+    if not 0 < depth <= n_blocks:
+        raise ModelError(f"runnable_base: depth must be 1 to {n_blocks} for {path}, got {depth}. Use the base that the "
+                         "adapter was trained on.")
+    return n_blocks
+
+
 def runnable_base(base, depth, quantisation, adapter=None):
     """The file that a model runs on: the base itself, or its first `depth` blocks in another quantisation, cached.
 
@@ -321,8 +337,7 @@ def runnable_base(base, depth, quantisation, adapter=None):
         base: path of the base GGUF.
         depth: blocks to keep.
         quantisation: one of FILE_TYPES, or "base" to copy tensors as they are.
-        adapter: adapter GGUF to merge into the copy, or None; not with "base". llama.cpp then has no low-rank products to
-            add at each step, and nothing is rounded twice.
+        adapter: adapter GGUF to merge into the copy, or None; not with "base".
     Returns:
         Path
     Raises:
@@ -335,10 +350,7 @@ def runnable_base(base, depth, quantisation, adapter=None):
     if target.exists():
         return target
     reader = _reader(base)
-    n_blocks = _block_count(reader, base)
-    if not 0 < depth <= n_blocks:
-        raise ModelError(f"runnable_base: depth must be 1 to {n_blocks} for {base}, got {depth}. Use the base that the "
-                         "adapter was trained on.")
+    n_blocks = _check_depth(reader, base, depth)
     if depth == n_blocks and quantisation == AS_BASE:
         return Path(base)
     if quantisation == AS_BASE:
@@ -346,9 +358,42 @@ def runnable_base(base, depth, quantisation, adapter=None):
         return target
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
         cut = Path(folder) / "cut.gguf"
-        output = _identity_output(reader) if adapter else {}
-        _copy_model(reader, cut, depth, adapter and _merge(reader, *_adapter_tensors(_reader(adapter))) | output)
-        _quantise(cut, target, quantisation, bool(output))
+        _copy_model(reader, cut, depth, adapter and _merge(reader, *_adapter_tensors(_reader(adapter))))
+        _quantise(cut, target, quantisation)
+    return target
+
+
+def runnable_detector(base, adapter, quantisation):
+    """What an adapter's detector runs on, cached: its blocks with the adapter merged, without a vocabulary.
+
+    Args:
+        base: path of the base GGUF. adapter: path of the adapter GGUF.
+        quantisation: one of FILE_TYPES.
+    Returns:
+        Path of the GGUF; beside it, with the suffix .npy, the embedding (vocabulary, d), float16 or, for F32, float32.
+    Raises:
+        ModelError: not the adapter's base, weights that aren't finite, or llama.cpp can't quantise it.
+    """
+    import gguf
+
+    if quantisation not in FILE_TYPES:
+        raise ValueError(f"runnable_detector: quantisation must be one of {', '.join(FILE_TYPES)}, got {quantisation}.")
+    metadata = read_metadata(adapter)
+    target = cache_dir() / f"detector-{metadata.model_sha256[:16]}-{file_sha256(base)[:16]}-{quantisation}.gguf"
+    if target.exists():
+        return target
+    reader = _reader(base)
+    _check_depth(reader, base, metadata.depth)
+    table = {tensor.name: tensor for tensor in reader.tensors}["token_embd.weight"]
+    embedding = gguf.quants.dequantize(table.data, table.tensor_type)  # (vocabulary, d)
+    d = embedding.shape[1]
+    merged = _merge(reader, *_adapter_tensors(_reader(adapter))) | {table.name: np.zeros((d, d), np.float32), OUTPUT: np.eye(d, dtype=np.float32)}
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+        whole = Path(folder) / "whole.gguf"
+        _copy_model(reader, whole, metadata.depth, merged, n_vocab=d)
+        with _whole_file(target.with_suffix(".npy")) as partial, open(partial, "wb") as file:
+            np.save(file, embedding.astype(np.float32 if quantisation == "F32" else np.float16))
+        _quantise(whole, target, quantisation, identity=True)  # last: where it stands, the embedding does as well
     return target
 
 

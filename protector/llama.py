@@ -110,9 +110,9 @@ class _Weights:
     _loaded = weakref.WeakValueDictionary()
     _lock = threading.Lock()
 
-    def __init__(self, path, n_gpu_layers):
+    def __init__(self, path, n_gpu_layers, vocab_only=False):
         options = llama_cpp.llama_model_default_params()
-        options.n_gpu_layers = n_gpu_layers
+        options.n_gpu_layers, options.vocab_only = n_gpu_layers, vocab_only
         self.path = path
         self.pointer = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         if not self.pointer:
@@ -122,15 +122,17 @@ class _Weights:
         value = ctypes.create_string_buffer(8)
         llama_cpp.llama_model_meta_val_str(self.pointer, gguf.IDENTITY_OUTPUT.encode(), value, len(value))
         self.has_identity_output = value.value == b"true"
+        table = Path(path).with_suffix(".npy")
+        self.embedding = np.load(table, mmap_mode="r") if self.has_identity_output and table.exists() else None  # (vocabulary, d)
 
     @classmethod
-    def of(cls, path, n_gpu_layers):
+    def of(cls, path, n_gpu_layers, vocab_only=False):
         quiet()
-        key = (os.path.realpath(path), os.stat(path).st_mtime_ns, n_gpu_layers)
+        key = (os.path.realpath(path), os.stat(path).st_mtime_ns, n_gpu_layers, vocab_only)
         with cls._lock:
             weights = cls._loaded.get(key)
             if weights is None:
-                weights = cls._loaded[key] = cls(path, n_gpu_layers)
+                weights = cls._loaded[key] = cls(path, n_gpu_layers, vocab_only)
             return weights
 
     def __del__(self):
@@ -196,7 +198,10 @@ class _Context:
         if not self.pointer:
             raise ModelError(f"load: llama.cpp must get memory for {n_ctx} tokens, got none ({'; '.join(_log_lines)}).")
         self.memory = llama_cpp.llama_get_memory(self.pointer)
-        self.batch = llama_cpp.llama_batch_init(_BATCH_TOKENS, 0, 1)
+        self.n_embd = llama_cpp.llama_model_n_embd(weights.pointer)
+        self.batch = llama_cpp.llama_batch_init(_BATCH_TOKENS, 0 if weights.embedding is None else self.n_embd, 1)
+        if weights.embedding is not None:
+            self.rows = np.ctypeslib.as_array(self.batch.embd, (_BATCH_TOKENS, self.n_embd))  # what llama.cpp reads in place of ids
         if adapter is not None:
             self.adapter = llama_cpp.llama_adapter_lora_init(weights.pointer, str(adapter).encode())
             if not self.adapter:
@@ -204,7 +209,6 @@ class _Context:
                                  f"({'; '.join(_log_lines)}). Use the base that it was trained on.")
             adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self.adapter)
             llama_cpp.llama_set_adapters_lora(self.pointer, adapters, 1, (ctypes.c_float * 1)(1.0))
-        self.n_embd = llama_cpp.llama_model_n_embd(weights.pointer)
 
     @property
     def lock(self):
@@ -221,8 +225,12 @@ class _Context:
         """Run (token, position, sequence, wants_output) entries, at most one batch; raises if llama.cpp fails."""
         batch = self.batch
         batch.n_tokens = len(entries)
+        if self.weights.embedding is not None:
+            self.rows[:len(entries)] = self.weights.embedding[[entry[0] for entry in entries]]
         for i, (token, position, sequence, wants_output) in enumerate(entries):
-            batch.token[i], batch.pos[i] = token, position
+            if self.weights.embedding is None:
+                batch.token[i] = token
+            batch.pos[i] = position
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
             batch.logits[i] = wants_output
         status = llama_cpp.llama_decode(self.pointer, batch)
@@ -247,13 +255,14 @@ class _Context:
 
 
 def _load(path, kind, base, quantisation, n_gpu_layers):
-    """(metadata, weights, adapter path or None, quantisation name) of an adapter or merged file."""
+    """(metadata, weights, weights with the vocabulary, adapter path or None, quantisation name) of an adapter or merged file."""
     metadata = gguf.read_metadata(path)
     if metadata.kind != kind:
         raise ModelError(f"load: {path} must be a {kind}, got a {metadata.kind}. Pass the other file.")
     if metadata.merged:
         try_out(path)
-        return metadata, _Weights.of(path, n_gpu_layers), None, metadata.quantisation
+        weights = _Weights.of(path, n_gpu_layers)
+        return metadata, weights, weights, None, metadata.quantisation
     base = Path(base) if base else base_path()
     if not base.exists():
         raise ModelError(f"load: base must exist, got no file at {base}. Check the path.")
@@ -262,9 +271,11 @@ def _load(path, kind, base, quantisation, n_gpu_layers):
                          f"got sha256 {file_sha256(base)[:16]}... at {base}. Pass base=... with the right file.")
     if metadata.base_sha256 != SHA256:
         try_out(base)
-    if kind == "detector" and quantisation != gguf.AS_BASE:  # it has its own copy of the blocks anyway: with the adapter in it
-        return metadata, _Weights.of(gguf.runnable_base(base, metadata.depth, quantisation, path), n_gpu_layers), None, quantisation
-    return metadata, _Weights.of(gguf.runnable_base(base, metadata.depth, quantisation), n_gpu_layers), path, quantisation
+    if kind == "detector" and quantisation != gguf.AS_BASE:
+        blocks = _Weights.of(gguf.runnable_detector(base, path, quantisation), n_gpu_layers)
+        return metadata, blocks, _Weights.of(base, 0, vocab_only=True), None, quantisation
+    weights = _Weights.of(gguf.runnable_base(base, metadata.depth, quantisation), n_gpu_layers)
+    return metadata, weights, weights, path, quantisation
 
 
 class LlamaDetector:
@@ -284,9 +295,9 @@ class LlamaDetector:
     name = "llama.cpp"
 
     def __init__(self, path, base=None, quantisation="Q8_0", n_threads=None, n_gpu_layers=-1, check=True):
-        self.metadata, weights, adapter, self.quantisation = _load(path, "detector", base, quantisation, n_gpu_layers)
+        self.metadata, weights, vocabulary, adapter, self.quantisation = _load(path, "detector", base, quantisation, n_gpu_layers)
         self.path, self.limits = path, self.metadata.limits
-        self.tokenizer = LlamaTokenizer(weights)
+        self.tokenizer = LlamaTokenizer(vocabulary)
         self.template = Template(self.tokenizer, self.limits)
         self.longest = self.limits.question_tokens + self.limits.window + MAX_HISTORY_TOKENS + 64  # 64: roles and marks
         self.model_sha256, self.calibration = self.metadata.model_sha256, self.metadata.calibration
@@ -479,7 +490,7 @@ class LlamaDetoxifier:
     name = "llama.cpp"
 
     def __init__(self, path, base=None, quantisation=gguf.AS_BASE, n_threads=None, n_gpu_layers=-1):
-        self.metadata, weights, adapter, self.quantisation = _load(path, "detoxifier", base, quantisation, n_gpu_layers)
+        self.metadata, weights, _, adapter, self.quantisation = _load(path, "detoxifier", base, quantisation, n_gpu_layers)
         self.path, self.limits = path, self.metadata.limits
         self.tokenizer = LlamaTokenizer(weights)
         self.template = Template(self.tokenizer, self.limits)

@@ -549,7 +549,7 @@ def test_m55_an_adapter_of_other_sizes_is_an_error(detector_gguf, tiny, tmp_path
 def test_an_unknown_quantisation(detector_gguf, tiny):
     with pytest.raises(ValueError) as error:
         LlamaDetector(detector_gguf, base=tiny.gguf, quantisation="Q3")
-    assert str(error.value) == "runnable_base: quantisation must be one of F32, F16, Q4_0, Q8_0 or base, got Q3."
+    assert str(error.value) == "runnable_detector: quantisation must be one of F32, F16, Q4_0, Q8_0, got Q3."
 
 
 def test_limits_travel_with_the_model(tiny, tmp_path):

@@ -1,6 +1,5 @@
 """The README's Python blocks and command lines run as they stand, and its tables are those of results/."""
 import doctest
-import json
 import os
 import re
 import shlex
@@ -45,16 +44,25 @@ def test_command_lines_print_what_the_readme_says(block):
         assert doctest.OutputChecker().check_output(want, done.stdout, FLAGS), f"{lines[at]}\nwant: {want}\ngot: {done.stdout}"
 
 
-def test_tables_are_those_of_the_results():
-    from protector.evaluate import table
+@pytest.mark.parametrize("path", ["README.md", "protector/weights/README.md"])
+def test_tables_are_those_of_the_results(path):
+    from protector.evaluate import blocks
 
-    marked = dict(re.findall(r"<!-- from results/(\w+)\.json -->\n(.*?)\n<!-- end -->", README, re.DOTALL))
-    assert "parity" in marked
-    for name, text in marked.items():
-        assert text.strip() == table.RENDERERS[name](json.loads((ROOT / "results" / f"{name}.json").read_text())).strip(), name
+    text = (ROOT / path).read_text()
+    assert blocks.BLOCK.search(text) and blocks.fill(text) == text, f"python -m protector.evaluate.blocks {path}"
 
 
 def test_every_file_that_the_readme_names_is_there():
     files = [name for line in README.splitlines() if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
     missing = [name for name in files if "/" in name and not (ROOT / name).exists()]
     assert not missing
+
+
+def test_a_stale_table_is_drawn_anew():
+    from protector.evaluate import blocks
+
+    stale = "a\n<!-- from results/parity.json -->\n| old |\n<!-- end -->\nb\n"
+    fresh = blocks.fill(stale)
+    assert fresh != stale and blocks.fill(fresh) == fresh and "| F16 |" in fresh and fresh.startswith("a\n") and fresh.endswith("-->\nb\n")
+    with pytest.raises(FileNotFoundError):
+        blocks.fill("<!-- from results/nowhere.json -->\n<!-- end -->")

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import bench
 from ..base import WEIGHTS
 from ..guard import Protector
-from . import metrics, record, report, rows
+from . import metrics, record, rows
 from .base_model import BaseModel
 from .detectors import BagOfWords, score_rows, scoring_guard
 from .embed import Embedder
@@ -138,18 +137,3 @@ def markdown(result):
     sources = ", ".join(f"{source} {count}" for source, count in result["rows"].items())
     lines += ["", f"{n['n']} labelled answers ({n['harmful']} harmful): {sources}. Judge: {result['judge']}."]
     return "\n".join(lines)
-
-
-def _detectors(result):
-    return "\n\n".join(report.markdown(table) for table in report.detector_tables(result)[:1])
-
-
-def _parity(result):
-    lines = ["| quantisation of the base | largest score difference | mean | decisions that differ |", "|---|---|---|---|"]
-    for name, numbers in result["quantisations"].items():
-        lines.append(f"| {name} | {numbers['largest_score_difference']:.4f} | {numbers['mean_score_difference']:.4f} | "
-                     f"{numbers['decisions_that_differ']} of {result['rows']} |")
-    return "\n".join(lines)
-
-
-RENDERERS = {"table": markdown, "detectors": _detectors, "parity": _parity, "bench": bench.markdown, "bench_sweep": bench.sweep_markdown}  # of README.md, by the result's file name

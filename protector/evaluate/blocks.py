@@ -1,0 +1,108 @@
+"""The measured tables of README.md and of the model card: each stands between two marks and is drawn from one file.
+
+    <!-- from results/table.json -->                  a result, by RENDERERS
+    <!-- from protector/weights/detector.gguf -->     its thresholds
+    <!-- end -->
+
+    python -m protector.evaluate.blocks README.md protector/weights/README.md      # draws them anew
+
+Tests compare every block with its file.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+from .. import bench, gguf
+from . import report, table
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"<!-- from (\S+) -->\n(?:.*?\n)?<!-- end -->", re.DOTALL)
+
+
+def fill(text):
+    """The text with every block drawn from its file.
+
+    Raises:
+        FileNotFoundError: a block names a file that isn't there.
+    """
+    return BLOCK.sub(lambda match: f"<!-- from {match[1]} -->\n{draw(match[1]).strip()}\n<!-- end -->", text)
+
+
+def draw(name):
+    """One block's contents; `name` is a path from the project's root."""
+    path = ROOT / name
+    if path.suffix == ".gguf":
+        return _thresholds(path)
+    return RENDERERS[path.stem](json.loads(path.read_text()))
+
+
+def _grid(head, rows, *notes):
+    cells = [head, ["---"] * len(head), *rows]
+    return "\n".join(["| " + " | ".join(str(cell) for cell in row) + " |" for row in cells] + ([""] if notes else []) + list(notes))
+
+
+def _machine(result):
+    run = result["run"]
+    return f"{run['cpu']}, {run['cores']} cores."
+
+
+def _thresholds(path):
+    entries = sorted(gguf.read_metadata(path).calibration, key=lambda entry: (entry["fpr"], entry["quantisation"], entry["input"]))
+    return _grid(["backend", "quantisation", "input", "false positives at most", "with confidence", "harmless answers", "of them flagged", "threshold"],
+                 [[e["backend"], e["quantisation"], e["input"], f"{100 * e['fpr']:g} %", f"{100 * e['confidence']:g} %", e["n"], e["above"], f"{e['threshold']:.3f}"]
+                  for e in entries])
+
+
+def _parity(result):
+    rows = [[name, f"{numbers['largest_score_difference']:.4f}", f"{numbers['mean_score_difference']:.4f}", f"{numbers['decisions_that_differ']} of {result['rows']}",
+             numbers["of_them_outside_the_band"]] for name, numbers in result["quantisations"].items()]
+    return _grid(["quantisation of the base", "largest score difference", "mean", "decisions that differ", "of them outside the band"], rows)
+
+
+def _selftest(result):
+    def percent(found):
+        return "–" if not found["n"] else f"{100 * found['rate']:.0f} % [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
+
+    rows = [[row["name"] + (" (known miss)" if row["known_miss"] else ""), row["item"], percent(row["stays_flagged"]), percent(row["false_positives"])]
+            for row in result["attacks"]]
+    measured = [[row["name"], row["item"], percent(row["rate"])] for row in result["measured"]]
+    held = sum(row["holds"] for row in result["invariants"])
+    return (_grid(["disguise", "item", "stays flagged", "harmless answers flagged"], rows) + "\n\n" + _grid(["measured", "item", "rate"], measured)
+            + f"\n\n{held} of {len(result['invariants'])} invariants hold. {result['model']['quantisation']}, threshold {result['threshold']:.3f}. {_machine(result)}")
+
+
+def _stream(result):
+    rows = [[name, f"{target['value']:.3g}", f"{target['bound']:g}", "yes" if target["holds"] else "no"] for name, target in result["targets"].items()]
+    return _grid(["streaming", "measured", "bound", "holds"], rows, f"{result['quantisation']}, {result['threads']} threads. {_machine(result)}"
+                 + (f" Spread widely: {', '.join(result['busy'])}." if result["busy"] else ""))
+
+
+def _head(result):
+    cells = {name: cell for name, cell in result["on_cpu"].items() if name != "targets"}
+    rows = [[name, f"{cell['us']['twin']:.1f}", f"{cell['us']['harm_score_torch']:.1f}", f"{cell['us']['harm_score_numpy']:.1f}" if "harm_score_numpy" in cell["us"] else "–",
+             f"{cell['eager_over_twin']:.1f}", f"{cell['eager_without_norm_over_twin']:.1f}"] for name, cell in cells.items()]
+    return _grid(["rows x width", "twin, µs", "through torch, µs", "through NumPy, µs", "eager with RMSNorm / twin", "eager without RMSNorm / twin"], rows,
+                 f"{result['machine']['cpu']}, {result['machine']['threads']} threads, PyTorch {result['machine']['torch']}.")
+
+
+def _report(*chosen):
+    """Tables of the report: all, or the chosen ones by number."""
+    def render(result):
+        tables = report._TABLES[result["kind"]](result)
+        return "\n".join(report.markdown(tables[i]) for i in chosen or range(len(tables)))
+
+    return render
+
+
+RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "stream": _stream, "head_cpu": _head, "bench": bench.markdown,
+             "bench_sweep": bench.sweep_markdown, "detectors": _report(0, 1), "replay": _report(0), "rewrites": _report(), "utility": _report(0), "judge": _report()}
+
+
+def main(paths):
+    for path in map(Path, paths):
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
