@@ -172,6 +172,24 @@ def test_merged_weights_are_base_plus_adapter(torch_detector, tiny, tmp_path):
     assert read_gguf(path)[0]["output.identity"] is True  # or its states would be read as embeddings of a false vocabulary
 
 
+@pytest.mark.parametrize("quantisation, kind, dtype", [("F32", 0, np.float32), ("F16", 1, np.float16), ("Q8_0", 8, np.float16)])
+def test_a_detector_runs_on_its_blocks_without_a_vocabulary(torch_detector, tiny, tmp_path, quantisation, kind, dtype):
+    adapter = tmp_path / "detector.gguf"
+    export_adapter(torch_detector, adapter, tiny.gguf, canaries_of(torch_detector))
+    path = gguf.runnable_detector(tiny.gguf, adapter, quantisation)
+    fields, tensors = read_gguf(path)
+    _, base = read_gguf(tiny.gguf)
+    d = array(base["token_embd.weight"]).shape[1]
+    assert fields["tokenizer.ggml.model"] == "no_vocab" and "tokenizer.ggml.tokens" not in fields
+    assert fields["llama.vocab_size"] == d and fields["llama.block_count"] == torch_detector.config.depth and fields["output.identity"] is True
+    assert tensors["blk.1.ffn_up.weight"][1] == kind and tensors["token_embd.weight"][0] == (d, d)
+    assert np.array_equal(array(tensors["output.weight"]), np.eye(d))
+    embedding = np.load(path.with_suffix(".npy"))
+    assert embedding.dtype == dtype and np.array_equal(embedding, array(base["token_embd.weight"]).astype(dtype))
+    written = path.stat().st_mtime_ns
+    assert gguf.runnable_detector(tiny.gguf, adapter, quantisation) == path and path.stat().st_mtime_ns == written
+
+
 def test_full_fine_tuning_names_every_tensor(tiny):
     from transformers import LlamaConfig, LlamaForCausalLM
 
