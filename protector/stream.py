@@ -12,8 +12,8 @@ the rounding of the cache). What has no safe cut is held back until one comes.
              what looks disguised also waits until its normalised view was scored
     end      the whole answer's score decides about what is still held back, as in guard()
 
-Text between safe cuts waits until there are STEP_TOKENS tokens of it: a step of four costs the model little more than one of
-one. Each token still has its own score.
+Text between safe cuts waits until there are STEP_TOKENS tokens of it: one by one, each would take twice as long. Each still has
+a score of its own.
 
 Windows are those of template.windows: at a window's end the cache starts anew with the question and the overlap.
 """
@@ -31,7 +31,7 @@ from .guard import Verdict, _check_length, _checked, _sigmoid, _TooLong
 from .normalise import normalised
 from .template import well_formed
 
-STEP_TOKENS = 4  # scored in one step, while more text comes; the last step takes what there is
+STEP_TOKENS = 6  # scored in one step, while more text comes; the last step takes what there is
 PATIENCE = 4  # neighbouring positions that must all be over the threshold for an alarm
 VIEW_TOKENS = 32  # a disguised stream's normalised view is scored each time that so many tokens have come
 VIEW_CHARS = 1024  # of the text before these tokens are read with them
