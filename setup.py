@@ -89,7 +89,8 @@ class PlatformWheel(bdist_wheel):
 EXTRAS = {
     "train": ["torch", "transformers>=5", "peft", "accelerate"],
     "serve": ["starlette", "uvicorn", "httpx"],
-    "evaluate": ["torch", "transformers>=5", "pillow"],
+    # From onnxruntime on: what rapidocr-onnxruntime imports. Itself it asks for an OpenCV that needs a display.
+    "evaluate": ["torch", "transformers>=5", "pillow", "onnxruntime", "opencv-python-headless", "pyclipper", "shapely", "six", "PyYAML"],
     "langchain": ["langchain-core"],
     "ray": ["ray[data]"],
     "test": ["pytest", "hypothesis", "scipy", "openai", "langchain-core", "fastapi", "sse-starlette", "starlette-context", "pydantic-settings",
