@@ -1,7 +1,7 @@
 """What guarding costs, beside what its engine and this machine can do: `protector bench`, `protector bench --sweep`.
 
     guard         this package as users call it
-    bare          llama.cpp alone on the same file with the same threads: llama_decode in a loop, this engine's limit
+    bare          llama.cpp alone on the same blocks in the same quantisation, with the same threads: this engine's limit
     transformers  what `export --format hf` writes, adapters merged, in plain transformers; bf16 where that is faster
     compiled      the same through torch.compile
 
@@ -325,6 +325,11 @@ def _adapter(model):
     return model.path if hasattr(model.context, "adapter") else None
 
 
+def _blocks(detector):
+    """The detector's blocks as a model that llama.cpp runs by itself: without a head, and nothing to add for an adapter."""
+    return _Weights.of(gguf.runnable_base(base_path(), detector.metadata.depth, detector.quantisation), -1)
+
+
 def _ids(detector, n):
     """n ids of a harmless pair."""
     template = detector.template
@@ -333,12 +338,8 @@ def _ids(detector, n):
 
 
 def _prefill(detector, plain, n, rounds, sizes, missing, threads):
-    ids, weights, adapter = _ids(detector, n), detector.context.weights, _adapter(detector)
-    bare = Bare(weights, threads, adapter)
+    ids, bare = _ids(detector, n), Bare(_blocks(detector), threads)
     functions = {"guard": rate(n, lambda: detector.logits([ids])), "bare": rate(n, lambda: bare.read(ids))}
-    if adapter:
-        base = Bare(weights, threads)
-        functions["bare without adapter"] = rate(n, lambda: base.read(ids))
     if plain:
         functions["transformers"] = rate(n, lambda: plain.score(ids))
         missing = {"compiled": "left out of a quick run"}
@@ -353,7 +354,7 @@ def _prefill(detector, plain, n, rounds, sizes, missing, threads):
 
 def _streaming(detector, plain, n, rounds, missing, threads):
     prefix, ids = _ids(detector, 32), _ids(detector, 32 + n)[32:]
-    bare = Bare(detector.context.weights, threads, _adapter(detector))
+    bare = Bare(_blocks(detector), threads)
 
     def ours():
         cursor = detector.open()
@@ -472,7 +473,7 @@ def _starting(detector, detoxifier, plain, rounds, threads, missing):
     ids = _ids(detector, 64)
     pair = {"detector": str(detector.path), "detoxifier": "", "question": QUESTIONS[0], "answer": "Flour, water and a little salt.", "threads": threads}
     flagged = {**pair, "detoxifier": str(detoxifier.path), "question": HARMFUL[0], "answer": HARMFUL[1]}
-    bare = {"file": str(detector.context.weights.path), "ids": ids, "threads": threads}
+    bare = {"file": str(_blocks(detector).path), "ids": ids, "threads": threads}
     functions = {"guard": lambda: _child("guard", pair), "both": lambda: _child("guard", flagged), "bare": lambda: _child("bare", bare)}
     if plain:
         functions["transformers"] = lambda: _child("transformers", {
@@ -675,7 +676,7 @@ def sweep(config, sizes, rounds, threads):
     axes = {
         "depth": {str(blocks): {"depth": blocks} for blocks in sizes.depths},
         "quantisation": {name: {"quantisation": name} for name in sizes.quantisations},
-        "LoRA": {"none": {}, "at run time": {"adapter": path}, "merged": {"merged": path}},
+        "LoRA": {"merged, or none": {}, "at run time": {"adapter": path}},
         "threads": {str(count): {"n_threads": count} for count in sorted({1, 2, cpu_threads()}) if count <= cpu_threads()},
         "detoxifier": {name: {"depth": whole, "quantisation": name} for name in sizes.quantisations},
     }
@@ -691,9 +692,9 @@ def sweep(config, sizes, rounds, threads):
     return result
 
 
-def _point(depth, n_threads, quantisation="Q8_0", adapter=None, merged=None):
+def _point(depth, n_threads, quantisation="Q8_0", adapter=None):
     """Bare on the base's first blocks."""
-    return Bare(_Weights.of(gguf.runnable_base(base_path(), depth, quantisation, merged), -1), n_threads, adapter)
+    return Bare(_Weights.of(gguf.runnable_base(base_path(), depth, quantisation), -1), n_threads, adapter)
 
 
 def sweep_markdown(result):
