@@ -4,21 +4,15 @@ Exit codes: 0 pass, 10 something was flagged, 2 wrong usage or data, 3 the guard
 Data go to stdout, progress and errors to stderr. JSONL in on stdin, JSONL out on stdout in the same order.
 """
 import argparse
-import dataclasses
 import json
 import os
 import sys
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from .errors import DataError, ProtectorError
+from .options import add_options, config_from, option, protector_from
 
 PASS, USAGE, FAILED, FLAGGED = 0, 2, 3, 10
-
-
-def option(default, help):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class GuardConfig:
     answer: str = option("", "one answer, instead of stdin")
     detector: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
     detoxifier: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    quantisation: str = option("Q8_0", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
+    quantisation: str = option("F16", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
     threshold: float = option(-1.0, "flag at this score; -1 = the model's calibration")
     fpr: float = option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
     on_flag: str = option("rewrite", "rewrite, refuse or report")
@@ -68,7 +62,7 @@ class CalibrateConfig:
     detector: str = option("", "GGUF file; the shipped one if empty")
     fpr: float = option(0.01, "bound on the false-positive rate")
     confidence: float = option(0.95, "with which the bound holds")
-    quantisations: tuple[str, ...] = option(("Q8_0",), "of the detector's base, each calibrated on its own")
+    quantisations: tuple[str, ...] = option(("F16", "Q8_0"), "of the detector's base, each calibrated on its own")
     most: int = option(3000, "answers of one source at most")
     pooled: bool = option(False, "bound the rate over all answers together, not on each source")
     threads: int = option(0, "CPU threads; 0 = all cores")
@@ -89,41 +83,6 @@ class DoctorConfig:
     """What is installed, what runs, and whether the canaries hold."""
 
     detector: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
-
-
-def add_options(parser, config):
-    """One flag for each field of a frozen dataclass; its default is visible in --help."""
-    hints = typing.get_type_hints(config)
-    for item in dataclasses.fields(config):
-        hint, required = hints[item.name], item.default is dataclasses.MISSING
-        many = typing.get_origin(hint) is tuple
-        options = {"help": item.metadata.get("help", ""), "type": typing.get_args(hint)[0] if many else hint}
-        if hint is bool:
-            options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
-        if many:
-            options["nargs"] = "*" if not required else "+"
-        if required or item.metadata.get("positional"):
-            parser.add_argument(item.name, **options)
-            continue
-        options["help"] += f" (default: {' '.join(map(str, item.default)) if many else item.default!r})"
-        parser.add_argument("--" + item.name.replace("_", "-"), default=item.default, **options)
-
-
-def config_from(arguments, config):
-    values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(config)}
-    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def _protector(config):
-    from .guard import Protector
-
-    options = {"n_threads": config.threads or None}
-    is_file = not Path(config.detector or ".").is_dir() or not config.detector
-    return Protector(
-        detector=config.detector or None, detoxifier=config.detoxifier or None,
-        threshold=None if config.threshold < 0 else config.threshold, fpr=None if config.fpr < 0 else config.fpr,
-        on_flag=config.on_flag, on_error=config.on_error, deadline_ms=config.deadline_ms or None,
-        detector_options=options | {"quantisation": config.quantisation} if is_file else {}, detoxifier_options=options)
 
 
 def _rows(config):
@@ -151,7 +110,7 @@ def _print_row(row):
 
 def run_score(config):
     rows = _rows(config)
-    guard = _protector(config)
+    guard = protector_from(config)
     for row in rows:
         _print_row({**row, "score": guard.score(row.get("question"), row["answer"])})
     return PASS
@@ -159,7 +118,7 @@ def run_score(config):
 
 def run_guard(config):
     rows, worst = _rows(config), PASS
-    guard = _protector(config)
+    guard = protector_from(config)
     for row in rows:
         verdict = guard.guard(row.get("question"), row["answer"])
         extra = {"error": verdict.error} if verdict.error else {}
@@ -175,7 +134,7 @@ def run_stream(config):
     """Read one answer from stdin as it comes and show guarded text, coloured by its running score."""
     from .stream import StreamGuard
 
-    guard = _protector(config)
+    guard = protector_from(config)
     state = StreamGuard(guard, config.question)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     verdict = None

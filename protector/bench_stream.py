@@ -22,12 +22,12 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from .__main__ import add_options, config_from
 from .base import base_path
 from .bench import Bare, busy, described, in_turns, seconds
 from .evaluate import record
 from .guard import Protector
 from .llama import _Weights, cpu_threads
+from .options import add_options, config_from
 from .selftest import FILLER
 from .stream import STEP_TOKENS, StreamGuard
 
@@ -45,7 +45,7 @@ class StreamBenchConfig:
     rounds: int = field(default=7, metadata={"help": "measurements of each number"})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 = all cores"})
     detector: str = field(default="", metadata={"help": "adapter GGUF; the shipped one if empty"})
-    quantisation: str = field(default="Q8_0", metadata={"help": "of the detector's base: F32, F16, Q8_0, Q4_0, base"})
+    quantisation: str = field(default="F16", metadata={"help": "of the detector's base: F32, F16, Q8_0, Q4_0, base"})
     streams: int = field(default=10_000, metadata={"help": "short streams in a row"})
 
 

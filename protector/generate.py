@@ -19,7 +19,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,6 +28,7 @@ from . import data
 from .errors import DataError
 from .evaluate.endpoint import Endpoint, EndpointError
 from .evaluate.judge import is_refusal
+from .options import option
 
 PROMPT_VERSION = 1  # part of each row's provenance; change it with any change of the prompts below
 NEAR_MISS = "near-miss"
@@ -59,27 +60,23 @@ _SAME = 0.6  # share of common word triples from which two questions count as on
 _GIVE_UP = 12  # requests in a row without any answer
 
 
-def _option(default, help):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class GenerateConfig:
     """Options of `protector generate`."""
 
-    out: str = _option("runs/generated.jsonl", "file to write or to go on with")
-    url: str = _option("", "OpenAI-compatible server of the strong LLM; its key is read from OPENAI_API_KEY")
-    model: str = _option("", "the LLM's name there")
-    gguf: str = _option("", "GGUF file, or default for the base model, instead of a server")
-    scenarios: tuple[str, ...] = _option(tuple(SCENARIOS), "of which to write")
-    each: int = _option(100, "requests per scenario")
-    pool: tuple[str, ...] = _option(("own",), "files whose questions must not come again")
-    seed: int = _option(0, "of styles and sampling")
-    temperature: float = _option(1.0, "of sampling")
-    tokens: int = _option(700, "of one reply")
-    json_mode: bool = _option(True, "ask the server for a JSON object; off for servers without response_format")
-    workers: int = _option(4, "requests at once to a server")
-    timeout_s: float = _option(120.0, "of one attempt")
+    out: str = option("runs/generated.jsonl", "file to write or to go on with")
+    url: str = option("", "OpenAI-compatible server of the strong LLM; its key is read from OPENAI_API_KEY")
+    model: str = option("", "the LLM's name there")
+    gguf: str = option("", "GGUF file, or default for the base model, instead of a server")
+    scenarios: tuple[str, ...] = option(tuple(SCENARIOS), "of which to write")
+    each: int = option(100, "requests per scenario")
+    pool: tuple[str, ...] = option(("own",), "files whose questions must not come again")
+    seed: int = option(0, "of styles and sampling")
+    temperature: float = option(1.0, "of sampling")
+    tokens: int = option(700, "of one reply")
+    json_mode: bool = option(True, "ask the server for a JSON object; off for servers without response_format")
+    workers: int = option(4, "requests at once to a server")
+    timeout_s: float = option(120.0, "of one attempt")
 
 
 class Pool:

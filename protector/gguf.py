@@ -165,7 +165,7 @@ def read_metadata(path):
         _check_adapter(reader, path)
     metadata = Metadata(kind, value("depth", int), value("base_sha256", str), value("model_sha256", str), limits, template,
                         weight, bias, canaries, tuple(calibration), merged, _file_type(reader) if merged else "")
-    digest = model_sha256(metadata, {t.name: t.data for t in reader.tensors} if not metadata.merged else {})
+    digest = model_sha256(metadata, {t.name: t.data for t in reader.tensors} if not metadata.merged else {}, _alpha(reader))
     if not metadata.merged and digest != metadata.model_sha256:
         raise ModelError(f"read_metadata: {path} must have the contents that its protector.model_sha256 names, got others. "
                          "Copy or export it again.")
@@ -194,10 +194,16 @@ def _check_adapter(reader, path):
         raise ModelError(f"read_metadata: {path} must have an adapter's keys and pairs of matrices, got others. Export it again.")
 
 
-def model_sha256(metadata, tensors):
+def _alpha(reader):
+    """LoRA alpha of an adapter file; 0 of any other."""
+    field = reader.fields.get("adapter.lora.alpha")
+    return 0.0 if field is None else float(field.contents())
+
+
+def model_sha256(metadata, tensors, alpha=0.0):
     """Digest of everything that a score depends on, calibration and canaries left out: calibrations refer to it."""
     digest = hashlib.sha256()
-    parts = (metadata.kind, metadata.depth, metadata.base_sha256, asdict(metadata.limits), metadata.template, metadata.head_bias)
+    parts = (metadata.kind, metadata.depth, metadata.base_sha256, asdict(metadata.limits), metadata.template, metadata.head_bias, alpha)
     digest.update(json.dumps(parts, sort_keys=True).encode())
     if metadata.head_weight is not None:
         digest.update(np.ascontiguousarray(metadata.head_weight, np.float32).tobytes())
@@ -402,7 +408,7 @@ def _adapter_tensors(reader):
     tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
     names = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
     return ({name: (tensors[name + ".lora_a"], tensors[name + ".lora_b"]) for name in names},
-            float(reader.fields["adapter.lora.alpha"].contents()))
+            _alpha(reader))
 
 
 def _identity_output(reader):
@@ -530,7 +536,7 @@ def export_adapter(model, path, base=None, canaries=()):
     for name, (a, b) in _lora_tensors(model).items():
         tensors[name + ".lora_a"], tensors[name + ".lora_b"] = a.astype(np.float16), b.astype(np.float16)
     metadata = _metadata_of(model, base, canaries)
-    metadata = replace(metadata, model_sha256=model_sha256(metadata, tensors))
+    metadata = replace(metadata, model_sha256=model_sha256(metadata, tensors, float(np.float32(model.config.alpha))))
     _add_metadata(writer, metadata)
     for name, value in tensors.items():
         writer.add_tensor(name, np.ascontiguousarray(value))

@@ -284,7 +284,7 @@ class LlamaDetector:
     Args:
         path: adapter GGUF or merged GGUF of kind detector.
         base: base GGUF of an adapter; the default base if None.
-        quantisation: of the base's first blocks (adapter only): "Q8_0", "F16", "Q4_0", "F32", or "base".
+        quantisation: of the base's first blocks (adapter only): "F16", "Q8_0", "Q4_0", "F32", or "base".
         n_threads: CPU threads; all cores if None.
         n_gpu_layers: layers on the GPU where llama.cpp was built for one; -1 = all.
         check: score the canaries after loading.
@@ -294,7 +294,7 @@ class LlamaDetector:
 
     name = "llama.cpp"
 
-    def __init__(self, path, base=None, quantisation="Q8_0", n_threads=None, n_gpu_layers=-1, check=True):
+    def __init__(self, path, base=None, quantisation="F16", n_threads=None, n_gpu_layers=-1, check=True):
         self.metadata, weights, vocabulary, adapter, self.quantisation = _load(path, "detector", base, quantisation, n_gpu_layers)
         self.path, self.limits = path, self.metadata.limits
         self.tokenizer = LlamaTokenizer(vocabulary)

@@ -47,7 +47,7 @@ class SelftestConfig:
 
     detector: str = field(default="", metadata={"help": "GGUF file or PyTorch folder; the shipped one if empty"})
     detoxifier: str = field(default="", metadata={"help": "GGUF file or PyTorch folder; the shipped one if empty"})
-    quantisation: str = field(default="Q8_0", metadata={"help": "of the detector's base: F32, F16, Q8_0, Q4_0, base"})
+    quantisation: str = field(default="F16", metadata={"help": "of the detector's base: F32, F16, Q8_0, Q4_0, base"})
     threshold: float = field(default=-1.0, metadata={"help": "flag at this score; -1 = the model's calibration"})
     fpr: float = field(default=-1.0, metadata={"help": "use the calibration for this false-positive rate; -1 = the default one"})
     rows: int = field(default=0, metadata={"help": "answers of each label at most; 0 = all"})

@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import anyio
@@ -33,6 +33,7 @@ from starlette.routing import Route
 
 from .chat import BadRequest, ChatStream, EventReader, UpstreamError, guard_completion, read_request
 from .errors import ProtectorError
+from .options import option, protector_from
 
 logger = logging.getLogger("protector")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -46,35 +47,31 @@ READY_S = 10.0  # the canaries are scored again after this time at the earliest
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-def _option(default, help):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class ServeConfig:
     """Options of `protector serve`; each is a flag of the command line."""
 
-    upstream: str = _option("", "URL of an OpenAI-compatible model server, such as http://127.0.0.1:8000")
-    host: str = _option("127.0.0.1", "address to listen on; outside loopback a token is required")
-    port: int = _option(8080, "port to listen on")
-    token_variable: str = _option("PROTECTOR_TOKEN", "environment variable with the bearer token that clients must send")
-    upstream_key_variable: str = _option("PROTECTOR_UPSTREAM_KEY", "environment variable with the upstream's API key; without "
+    upstream: str = option("", "URL of an OpenAI-compatible model server, such as http://127.0.0.1:8000")
+    host: str = option("127.0.0.1", "address to listen on; outside loopback a token is required")
+    port: int = option(8080, "port to listen on")
+    token_variable: str = option("PROTECTOR_TOKEN", "environment variable with the bearer token that clients must send")
+    upstream_key_variable: str = option("PROTECTOR_UPSTREAM_KEY", "environment variable with the upstream's API key; without "
                                                                    "either variable a client's own key is passed on")
-    detector: str = _option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    detoxifier: str = _option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    quantisation: str = _option("Q8_0", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
-    threshold: float = _option(-1.0, "flag at this score; -1 = the model's calibration")
-    fpr: float = _option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
-    on_flag: str = _option("rewrite", "rewrite, refuse or report")
-    on_error: str = _option("refuse", "refuse (a 200 with the refusal) or raise (a 503)")
-    deadline_ms: float = _option(0.0, "for guarding one answer, a streamed one from its first token on; 0 = none")
-    threads: int = _option(0, "CPU threads of the guard; 0 = all cores")
-    hold: int = _option(8, "scored tokens of a stream that are still held back")
-    streams: int = _option(8, "choices that stream at one time; more wait")
-    requests: int = _option(64, "requests under way or waiting; more get 429")
-    max_body_bytes: int = _option(32 << 20, "largest request, images included")
-    timeout_s: float = _option(60.0, "longest wait for a request's body, for a place, and between two bytes of the upstream")
-    answer_s: float = _option(600.0, "longest time for one answer in all")
+    detector: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
+    detoxifier: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
+    quantisation: str = option("F16", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
+    threshold: float = option(-1.0, "flag at this score; -1 = the model's calibration")
+    fpr: float = option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
+    on_flag: str = option("rewrite", "rewrite, refuse or report")
+    on_error: str = option("refuse", "refuse (a 200 with the refusal) or raise (a 503)")
+    deadline_ms: float = option(0.0, "for guarding one answer, a streamed one from its first token on; 0 = none")
+    threads: int = option(0, "CPU threads of the guard; 0 = all cores")
+    hold: int = option(8, "scored tokens of a stream that are still held back")
+    streams: int = option(8, "choices that stream at one time; more wait")
+    requests: int = option(64, "requests under way or waiting; more get 429")
+    max_body_bytes: int = option(32 << 20, "largest request, images included")
+    timeout_s: float = option(60.0, "longest wait for a request's body, for a place, and between two bytes of the upstream")
+    answer_s: float = option(600.0, "longest time for one answer in all")
 
 
 class _Refused(Exception):
@@ -607,8 +604,6 @@ def run(config):
     """
     import uvicorn
 
-    from .__main__ import _protector
-
     if not config.upstream:
         raise ValueError("serve: upstream must be the URL of a model server, got nothing. Pass --upstream http://127.0.0.1:8000.")
     _upstream_url(config.upstream)
@@ -617,7 +612,7 @@ def run(config):
     token = os.environ.get(config.token_variable) or None
     if token is None and config.host not in LOOPBACK:
         raise ValueError(f"serve: host {config.host} is outside loopback, so a token is required. Set {config.token_variable}.")
-    app = create_app(_protector(config), config, token, os.environ.get(config.upstream_key_variable) or None)
+    app = create_app(protector_from(config), config, token, os.environ.get(config.upstream_key_variable) or None)
     uvicorn.run(app, **uvicorn_options(config))
 
 

@@ -69,7 +69,8 @@ def rewrite(source, target, fields=(), drop=(), tensors=()):
 def resigned(source, target, **change):
     """A copy whose digest fits again: what a careful forger, or a bug at export, would write."""
     metadata = replace(read_metadata(source), **change)
-    digest = gguf.model_sha256(metadata, {name: array(tensor) for name, tensor in read_gguf(source)[1].items()})
+    old, tensors = read_gguf(source)
+    digest = gguf.model_sha256(metadata, {name: array(tensor) for name, tensor in tensors.items()}, old["adapter.lora.alpha"])
     fields = {"protector.model_sha256": digest, "protector.base_sha256": metadata.base_sha256, "protector.kind": metadata.kind,
               "protector.depth": metadata.depth}
     if metadata.head_weight is not None:
@@ -122,6 +123,7 @@ def test_metadata_round_trip(detector_gguf, detoxifier_gguf, torch_detector, tin
     for change in ({"head_bias": 0.5}, {"depth": 3}, {"limits": Limits(window=100)}, {"base_sha256": "0" * 64}, {"kind": "detoxifier"},
                    {"head_weight": -metadata.head_weight}):
         assert gguf.model_sha256(replace(metadata, **change), {}) != gguf.model_sha256(metadata, {})
+    assert gguf.model_sha256(metadata, {}, 8.0) != gguf.model_sha256(metadata, {}, 16.0)
 
 
 def test_an_adapter_read_back_is_the_model(detector_gguf, detoxifier_gguf, torch_detector, torch_detoxifier):

@@ -474,7 +474,7 @@ def test_m50_weights_that_make_nan_do_not_load(detector_gguf, tiny, tmp_path):
     from protector import gguf
 
     metadata = read_metadata(detector_gguf)
-    path = rewrite(detector_gguf, tmp_path / "nan.gguf", {"protector.model_sha256": gguf.model_sha256(metadata, tensors)}, tensors=tensors)
+    path = rewrite(detector_gguf, tmp_path / "nan.gguf", {"protector.model_sha256": gguf.model_sha256(metadata, tensors, 8.0)}, tensors=tensors)
     message = load_error(path, tiny)
     assert CANARIES in message or "NaN" in message
 
@@ -540,7 +540,7 @@ def test_m55_an_adapter_of_other_sizes_is_an_error(detector_gguf, tiny, tmp_path
 
     wide = {name: array(tensor).copy() for name, tensor in read_gguf(detector_gguf)[1].items()}
     wide["blk.1.ffn_up.weight.lora_a"] = np.zeros((4, D + 1), np.float16)
-    digest = gguf.model_sha256(read_metadata(detector_gguf), wide)
+    digest = gguf.model_sha256(read_metadata(detector_gguf), wide, 8.0)
     path = rewrite(detector_gguf, tmp_path / "wide.gguf", {"protector.model_sha256": digest}, tensors=wide)
     for quantisation in ("F32", "base"):
         assert "Use the base that it was trained on." in load_error(path, tiny, quantisation=quantisation)

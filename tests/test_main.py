@@ -17,7 +17,7 @@ def call(monkeypatch, capsys):
     """Function (arguments, text on stdin, fault of the model) -> (exit code, stdout, stderr)."""
     def run(arguments, stdin="", fault=None):
         ids = real_tokenizer()
-        monkeypatch.setattr(command_line, "_protector", lambda config: Protector(
+        monkeypatch.setattr(command_line, "protector_from", lambda config: Protector(
             FakeDetector(ids, fault=fault), FakeDetoxifier(ids, BETTER), threshold=0.5, on_flag=config.on_flag, on_error=config.on_error))
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         code = command_line.main(arguments)

@@ -589,7 +589,7 @@ def test_run_serves_on_loopback_with_bounded_headers(monkeypatch):
     import protector.__main__ as command_line
 
     served = {}
-    monkeypatch.setattr(command_line, "_protector", lambda config: Protector(FakeDetector(), False, threshold=0.5))
+    monkeypatch.setattr("protector.serve.protector_from", lambda config: Protector(FakeDetector(), False, threshold=0.5))
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: served.update(options, app=app))
     monkeypatch.setenv("PROTECTOR_TOKEN", "token")
     command_line.main(["serve", "--upstream", "http://127.0.0.1:1/v1", "--port", "9"])

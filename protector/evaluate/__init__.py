@@ -15,15 +15,12 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 
 from ..errors import DataError
+from ..options import option
 
 PARTS = ("judge", "detectors", "replay", "utility", "exact", "mm-safetybench", "figstep", "typographic", "likelihood")
 MLLMS = ("stand-in", "openai", "llama.cpp", "transformers", "replay")
 _WITH_LOGITS = ("stand-in", "transformers")
 _NEEDED = {"mm-safetybench": ("mm_safetybench",), "figstep": ("figstep",), "exact": ("exact_questions", "exact_answers")}
-
-
-def _option(default, help):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -33,35 +30,35 @@ class EvaluateConfig:
     what: tuple[str, ...] = field(metadata={
         "help": f"all, report, or some of: {', '.join(PARTS)}. all is what the given data, folders and MLLM allow; report only draws "
                 "what is in --out"})
-    data: tuple[str, ...] = _option((), "data folders (dev_pairs.jsonl.gz and its siblings), labelled JSONL files, PyRIT's wheel")
-    out: str = _option("results", "folder for the JSON results")
-    report: str = _option("", "folder for the page, tables and plots; none if empty")
-    detector: str = _option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    detoxifier: str = _option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    quantisation: str = _option("Q8_0", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
-    threshold: float = _option(-1.0, "flag at this score; -1 = the model's calibration")
-    fpr: float = _option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
-    on_flag: str = _option("rewrite", "rewrite or refuse")
-    judge_url: str = _option("", "OpenAI-compatible server of a judge; the offline judge if empty")
-    judge_model: str = _option("", "the judge's name there")
-    mllm: str = _option("stand-in", "stand-in (OCR + base model), openai, llama.cpp, transformers, or replay of recorded answers")
-    mllm_url: str = _option("", "server of the MLLM (openai)")
-    mllm_model: str = _option("", "name (openai), GGUF file (llama.cpp), folder (transformers), or JSONL file of answers (replay)")
-    mmproj: str = _option("", "projector GGUF (llama.cpp)")
-    mm_safetybench: str = _option("", "MM-SafetyBench's folder")
-    figstep: str = _option("", "FigStep's folder")
-    tiny: bool = _option(False, "the benchmarks' tiny versions")
-    kinds: tuple[str, ...] = _option(("text", "SD", "TYPO", "SD_TYPO"), "image kinds of MM-SafetyBench")
-    exact_questions: str = _option("", "POPE, ScienceQA or GQA questions")
-    exact_answers: str = _option("", "recorded answers to them")
-    related: str = _option("", "images of the likelihood's related-image condition: a folder of files named for what they show, or a "
+    data: tuple[str, ...] = option((), "data folders (dev_pairs.jsonl.gz and its siblings), labelled JSONL files, PyRIT's wheel")
+    out: str = option("results", "folder for the JSON results")
+    report: str = option("", "folder for the page, tables and plots; none if empty")
+    detector: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
+    detoxifier: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
+    quantisation: str = option("F16", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
+    threshold: float = option(-1.0, "flag at this score; -1 = the model's calibration")
+    fpr: float = option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
+    on_flag: str = option("rewrite", "rewrite or refuse")
+    judge_url: str = option("", "OpenAI-compatible server of a judge; the offline judge if empty")
+    judge_model: str = option("", "the judge's name there")
+    mllm: str = option("stand-in", "stand-in (OCR + base model), openai, llama.cpp, transformers, or replay of recorded answers")
+    mllm_url: str = option("", "server of the MLLM (openai)")
+    mllm_model: str = option("", "name (openai), GGUF file (llama.cpp), folder (transformers), or JSONL file of answers (replay)")
+    mmproj: str = option("", "projector GGUF (llama.cpp)")
+    mm_safetybench: str = option("", "MM-SafetyBench's folder")
+    figstep: str = option("", "FigStep's folder")
+    tiny: bool = option(False, "the benchmarks' tiny versions")
+    kinds: tuple[str, ...] = option(("text", "SD", "TYPO", "SD_TYPO"), "image kinds of MM-SafetyBench")
+    exact_questions: str = option("", "POPE, ScienceQA or GQA questions")
+    exact_answers: str = option("", "recorded answers to them")
+    related: str = option("", "images of the likelihood's related-image condition: a folder of files named for what they show, or a "
                                "JSONL file of question and image; MM-SafetyBench's SD images if empty")
-    most: int = _option(200, "answers per source that are scored, guarded and judged; 0 = all")
-    questions: int = _option(10, "questions per scenario or topic; 0 = all")
-    tokens: int = _option(128, "of an MLLM's answer")
-    draws: int = _option(1000, "of a bootstrap")
-    workers: int = _option(4, "requests at once to a server")
-    threads: int = _option(0, "CPU threads; 0 = all cores")
+    most: int = option(200, "answers per source that are scored, guarded and judged; 0 = all")
+    questions: int = option(10, "questions per scenario or topic; 0 = all")
+    tokens: int = option(128, "of an MLLM's answer")
+    draws: int = option(1000, "of a bootstrap")
+    workers: int = option(4, "requests at once to a server")
+    threads: int = option(0, "CPU threads; 0 = all cores")
 
 
 def run(config):
