@@ -1,6 +1,7 @@
 """The command line: exit codes, JSON lines in and out, and nothing of a text that reaches the terminal as it is."""
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -90,7 +91,7 @@ def test_help_shows_every_default(capsys):
     for name in ("guard", "serve", "selftest", "calibrate"):
         with pytest.raises(SystemExit) as ended:
             command_line.main([name, "--help"])
-        assert ended.value.code == 0 and "default: 'Q8_0'" in capsys.readouterr().out.replace("default: Q8_0", "default: 'Q8_0'")
+        assert ended.value.code == 0 and re.search(r"default: '?F16", capsys.readouterr().out)
 
 
 def test_doctor_names_what_is_wrong(capsys, tmp_path):
