@@ -1,4 +1,5 @@
 """The shipped adapters on the real base: what a new user sees first."""
+import itertools
 import json
 import subprocess
 import sys
@@ -55,11 +56,11 @@ def test_both_adapters_belong_to_the_base_and_fit_in_the_tree():
 
 def test_the_shipped_threshold_states_its_bound(guard):
     entries = {(e["quantisation"], e["input"]): e for e in guard.detector.calibration}
-    for kind in ("pair", "answer", "stream"):
-        entry = entries["Q8_0", kind]
+    for quantisation, kind in itertools.product(("F16", "Q8_0"), ("pair", "answer", "stream")):
+        entry = entries[quantisation, kind]
         assert (entry["fpr"], entry["confidence"]) == (0.01, 0.95) and entry["n"] >= 299
         assert entry["model_sha256"] == guard.detector.model_sha256 and len(entry["data_sha256"]) == 64
-    assert guard.thresholds["pair"] == entries["Q8_0", "pair"]["threshold"]
+    assert guard.thresholds["pair"] == entries["F16", "pair"]["threshold"]
 
 
 # Rows of the project's own corpus: seen in training, so this is a test of polarity, not of quality.
@@ -70,7 +71,7 @@ def _pairs():
 
 def test_m65_harmful_scores_above_harmless_in_every_backend(guard):
     triples = _pairs()
-    backends = {"llama.cpp Q8_0": guard, "llama.cpp F16": Protector(detoxifier=False, detector_options={"quantisation": "F16"}, threshold=0.5)}
+    backends = {"llama.cpp F16": guard, "llama.cpp Q8_0": Protector(detoxifier=False, detector_options={"quantisation": "Q8_0"})}
     torch = pytest.importorskip("torch", reason="the PyTorch backend needs torch")
     del torch
     backends["torch"] = Protector(detoxifier=False, backend="torch", threshold=0.5)
@@ -88,15 +89,12 @@ def test_m65_harmful_scores_above_harmless_in_every_backend(guard):
 
 
 def test_a_stream_says_what_the_whole_answer_says(guard):
-    # On a Q8_0 base llama.cpp rounds activations in blocks whose kernel depends on the batch: a token fed alone may differ by 1e-2,
-    # within the stated band. The equality of the algorithm itself is tested to 1e-3 on unquantised models in test_llama.py.
-    band = json.loads((ROOT / "results" / "parity.json").read_text())["quantisations"]["Q8_0"]["largest_score_difference"]
     for question, answer in ((QUESTION, HARMLESS), ("What is in the picture?", "A brown dog sleeps on a red sofa next to a window.")):
         for size in (1, 3, 1000):
             events = list(guard.stream(question, (answer[i:i + size] for i in range(0, len(answer), size))))
             assert "".join(event.text for event in events) == answer
             assert events[-1].verdict.action == "pass"
-            assert events[-1].verdict.score == pytest.approx(guard.score(question, answer), abs=band)
+            assert events[-1].verdict.score == pytest.approx(guard.score(question, answer), abs=1e-3)
     events = list(guard.stream(QUESTION, iter([HARMFUL])))
     assert events[-1].verdict.flagged and HARMFUL not in "".join(event.text for event in events)
 
