@@ -25,8 +25,8 @@ def test_resident_memory_counts_what_is_touched():
     before = bench_stream.resident_bytes()
     if before is None:
         pytest.skip("this system doesn't say how much memory a process has")
-    block = np.ones(8 << 20, np.uint8)
-    assert 7 << 20 < bench_stream.resident_bytes() - before < 32 << 20 and block.all()
+    block = np.ones(64 << 20, np.uint8)  # more than an allocator keeps for reuse
+    assert 60 << 20 < bench_stream.resident_bytes() - before < 96 << 20 and block.all()
 
 
 def test_a_quick_run_measures_everything(llama_detector, tiny, tmp_path, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def test_own_corpus_is_sane():
     assert len(data.unique(rows)) == len(rows), "an answer stands with both labels for one question, or twice"
     assert all(row.question.strip() and row.answer.strip() for row in rows)
     assert not any(t.accepted.strip() == t.rejected.strip() for t in triples)
-    assert {pair.source for pair in rows} == {"alarming", "everyday", "image", "nearmiss"}
+    assert {pair.source for pair in rows} == {path.stem for path in data.CORPUS.iterdir()} and len(rows) > 4000
     # Fewer than half of the accepted answers open as stock refusals, or the detoxifier learns one sentence.
     assert sum(data.is_stock_refusal(t.accepted) for t in triples) < 0.2 * len(triples)
     # Questions of the near misses sound harmful; most of their answers aren't, or the question would give the label away.
