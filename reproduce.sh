@@ -102,7 +102,7 @@ evaluate() {
     say "evaluate: attacks before and after, utility, judge, rewrites; the page is $RUNS/report/index.html"
     local benchmarks=()
     [ -n "$DATA" ] && [ -d "$DATA/questions" ] && benchmarks=(--mm-safetybench "$DATA/questions/mm_safetybench" --figstep "$DATA/questions/figstep" --kinds text TYPO)
-    $PROTECTOR evaluate all --data "${DATA:-$RUNS/data}" --most "${MOST:-20}" --questions "${QUESTIONS:-2}" ${benchmarks[@]+"${benchmarks[@]}"} --out "$RESULTS" --report "$RUNS/report"
+    $PROTECTOR evaluate all --data "${DATA:-$RUNS/data}" --most "${MOST:-60}" --questions "${QUESTIONS:-2}" ${benchmarks[@]+"${benchmarks[@]}"} --out "$RESULTS" --report "$RUNS/report"
 }
 
 # --- 7. bench: nothing else may run meanwhile; bench.json, bench_sweep.json, stream.json and head_*.json in $RESULTS
