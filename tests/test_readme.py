@@ -61,6 +61,8 @@ def test_every_file_that_the_readme_names_is_there():
 def test_a_stale_table_is_drawn_anew():
     from protector.evaluate import blocks
 
+    empty = "<!-- from results/parity.json -->\n<!-- end -->\n"
+    assert blocks.fill(empty + "between\n" + empty).count("| F16 |") == 2 and "between" in blocks.fill(empty + "between\n" + empty)
     stale = "a\n<!-- from results/parity.json -->\n| old |\n<!-- end -->\nb\n"
     fresh = blocks.fill(stale)
     assert fresh != stale and blocks.fill(fresh) == fresh and "| F16 |" in fresh and fresh.startswith("a\n") and fresh.endswith("-->\nb\n")

@@ -17,7 +17,7 @@ from .. import bench, gguf
 from . import report, table
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"<!-- from (\S+) -->\n(?:.*?\n)?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- from (\S+) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
 def fill(text):
@@ -34,7 +34,8 @@ def draw(name):
     path = ROOT / name
     if path.suffix == ".gguf":
         return _thresholds(path)
-    return RENDERERS[path.stem](json.loads(path.read_text()))
+    result = json.loads(path.read_text())
+    return RENDERERS[path.stem](result)
 
 
 def _grid(head, rows, *notes):
