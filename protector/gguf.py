@@ -261,13 +261,14 @@ def _copy_fields(reader, writer, changed):
         writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
 
 
-def _copy_model(reader, target, depth, merged=None, metadata=None, n_vocab=None):
+def _copy_model(reader, target, depth, merged=None, metadata=None, n_vocab=None, identity=None):
     """Copy the first `depth` blocks of a GGUF model.
 
     Args:
-        merged: {name: float32 array} in place of the file's own tensors; an output.weight that the file doesn't have is added.
+        merged: {name: float32 array} in place of the file's own tensors.
         metadata: Metadata of a merged file.
         n_vocab: rows of the embedding of a copy without a vocabulary, or None to keep the file's.
+        identity: (vocabulary, d) float32 in place of the matrix to the vocabulary, with merged; or None.
     """
     import gguf
 
@@ -283,15 +284,15 @@ def _copy_model(reader, target, depth, merged=None, metadata=None, n_vocab=None)
     writer.add_uint32(blocks, depth)
     if merged:
         writer.add_file_type(FILE_TYPES["F32"])
-        if OUTPUT in merged:
-            writer.add_bool(IDENTITY_OUTPUT, True)
-            writer.add_tensor(OUTPUT, merged[OUTPUT])
+    if identity is not None:
+        writer.add_bool(IDENTITY_OUTPUT, True)
+        writer.add_tensor(OUTPUT, identity)
     if metadata is not None:
         _add_metadata(writer, metadata)
     for tensor in reader.tensors:
         if tensor.name.startswith("blk.") and int(tensor.name.split(".")[1]) >= depth:
             continue
-        if merged and tensor.name == OUTPUT and OUTPUT in merged:
+        if identity is not None and tensor.name == OUTPUT:
             continue
         if merged and tensor.name in merged:
             writer.add_tensor(tensor.name, merged[tensor.name])
@@ -393,10 +394,10 @@ def runnable_detector(base, adapter, quantisation):
     table = {tensor.name: tensor for tensor in reader.tensors}["token_embd.weight"]
     embedding = gguf.quants.dequantize(table.data, table.tensor_type)  # (vocabulary, d)
     d = embedding.shape[1]
-    merged = _merge(reader, *_adapter_tensors(_reader(adapter))) | {table.name: np.zeros((d, d), np.float32), OUTPUT: np.eye(d, dtype=np.float32)}
+    merged = _merge(reader, *_adapter_tensors(_reader(adapter))) | {table.name: np.zeros((d, d), np.float32)}
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
         whole = Path(folder) / "whole.gguf"
-        _copy_model(reader, whole, metadata.depth, merged, n_vocab=d)
+        _copy_model(reader, whole, metadata.depth, merged, n_vocab=d, identity=np.eye(d, dtype=np.float32))
         with _whole_file(target.with_suffix(".npy")) as partial, open(partial, "wb") as file:
             np.save(file, embedding.astype(np.float32 if quantisation == "F32" else np.float16))
         _quantise(whole, target, quantisation, identity=True)  # last: where it stands, the embedding does as well
@@ -412,9 +413,9 @@ def _adapter_tensors(reader):
 
 
 def _identity_output(reader):
-    """{OUTPUT: (vocabulary, d) float32 with ones on its diagonal}, or {} where the vocabulary is smaller than d."""
+    """(vocabulary, d) float32 with ones on its diagonal, or None where the vocabulary is smaller than d."""
     n_vocab, d = {tensor.name: tensor for tensor in reader.tensors}["token_embd.weight"].shape[::-1]
-    return {OUTPUT: np.eye(n_vocab, d, dtype=np.float32)} if n_vocab >= d else {}
+    return np.eye(n_vocab, d, dtype=np.float32) if n_vocab >= d else None
 
 
 def _merge(reader, halves, alpha):
@@ -425,7 +426,8 @@ def _merge(reader, halves, alpha):
     merged = {}
     for name, (a, b) in halves.items():
         if name not in tensors or tuple(tensors[name].shape) != (a.shape[1], len(b)):
-            raise ModelError(f"load: base must have a tensor {name} of {len(b)} x {a.shape[1]} for the adapter, got none. Use the base that it was trained on.")
+            raise ModelError(f"load: base must have a tensor {name} of {len(b)} x {a.shape[1]} for the adapter, got none. "
+                             "Use the base that it was trained on.")
         merged[name] = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type) + np.float32(alpha / len(a)) * (b @ a)
         if not np.isfinite(merged[name]).all():
             raise ModelError(f"load: adapter must have finite weights, got NaN or infinity in {name}. Copy or export it again.")
@@ -558,14 +560,14 @@ def export_merged(model, path, quantisation="Q8_0", base=None, canaries=()):
         raise ValueError(f"export_merged: quantisation must be one of {', '.join(FILE_TYPES)}, got {quantisation}.")
     reader = _reader(base)
     merged = _merge(reader, _lora_tensors(model), model.config.alpha) if model.config.rank else _full_tensors(model)
-    output = _identity_output(reader) if model.config.kind == "detector" else {}
+    identity = _identity_output(reader) if model.config.kind == "detector" else None
     metadata = _metadata_of(model, base, canaries)
     metadata = replace(metadata, model_sha256=model_sha256(metadata, merged), merged=True, quantisation=quantisation)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
         whole = Path(folder) / "merged.gguf"
-        _copy_model(reader, whole, model.config.depth, merged | output, metadata)
-        _quantise(whole, path, quantisation, bool(output))
+        _copy_model(reader, whole, model.config.depth, merged, metadata, identity=identity)
+        _quantise(whole, path, quantisation, identity is not None)
     return metadata
 
 

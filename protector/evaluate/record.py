@@ -26,6 +26,15 @@ def plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
+def _portable(value):
+    """The configuration without this machine's folders: of an absolute path its last part."""
+    if isinstance(value, dict):
+        return {name: _portable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+
 def provenance(config=None):
     """What a result depends on: configuration, commit, versions, machine."""
     root = Path(__file__).parents[2]
@@ -36,7 +45,7 @@ def provenance(config=None):
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"config": config, "commit": commit.stdout.strip() if commit.returncode == 0 else None, "python": platform.python_version(),
+    return {"config": _portable(plain(config)), "commit": commit.stdout.strip() if commit.returncode == 0 else None, "python": platform.python_version(),
             "versions": versions, "cpu": _cpu(), "cores": os.cpu_count()}
 
 
