@@ -10,26 +10,20 @@ import sys
 from dataclasses import dataclass, field
 
 from .errors import DataError, ProtectorError
-from .options import add_options, config_from, option, protector_from
+from .options import ModelOptions, add_options, config_from, option, protector_from
 
 PASS, USAGE, FAILED, FLAGGED = 0, 2, 3, 10
 
 
 @dataclass(frozen=True)
-class GuardConfig:
+class GuardConfig(ModelOptions):
     """guard and score: {"question", "answer"} lines on stdin, or one pair as arguments."""
 
     question: str = option("", "one question, instead of stdin")
     answer: str = option("", "one answer, instead of stdin")
-    detector: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    detoxifier: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    quantisation: str = option("F16", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
-    threshold: float = option(-1.0, "flag at this score; -1 = the model's calibration")
-    fpr: float = option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
     on_flag: str = option("rewrite", "rewrite, refuse or report")
     on_error: str = option("refuse", "refuse, raise or pass")
     deadline_ms: float = option(0.0, "per answer; 0 = none")
-    threads: int = option(0, "CPU threads; 0 = all cores")
 
 
 @dataclass(frozen=True)

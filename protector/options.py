@@ -2,13 +2,32 @@
 import argparse
 import dataclasses
 import typing
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
 def option(default, help):
     """A field with its help text."""
     return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which models, on what, and at which threshold: the options that every command with a guard has."""
+
+    detector: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
+    detoxifier: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
+    quantisation: str = option("F16", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
+    threshold: float = option(-1.0, "flag at this score; -1 = the model's calibration")
+    fpr: float = option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
+    threads: int = option(0, "CPU threads; 0 = all cores")
+
+    @property
+    def scoring(self):
+        """threshold, fpr and detector_options of a Protector; -1 and 0 stand for nothing given."""
+        is_folder = bool(self.detector) and Path(self.detector).is_dir()
+        return {"threshold": None if self.threshold < 0 else self.threshold, "fpr": None if self.fpr < 0 else self.fpr,
+                "detector_options": {} if is_folder else {"quantisation": self.quantisation, "n_threads": self.threads or None}}
 
 
 def add_options(parser, config):
@@ -36,13 +55,8 @@ def config_from(arguments, config):
 
 
 def protector_from(config):
-    """Protector of a configuration with GuardConfig's fields; -1 and 0 stand for nothing given."""
+    """Protector of ModelOptions with on_flag, on_error and deadline_ms beside them; a deadline of 0 is none."""
     from .guard import Protector
 
-    options = {"n_threads": config.threads or None}
-    is_file = not Path(config.detector or ".").is_dir() or not config.detector
-    return Protector(
-        detector=config.detector or None, detoxifier=config.detoxifier or None,
-        threshold=None if config.threshold < 0 else config.threshold, fpr=None if config.fpr < 0 else config.fpr,
-        on_flag=config.on_flag, on_error=config.on_error, deadline_ms=config.deadline_ms or None,
-        detector_options=options | {"quantisation": config.quantisation} if is_file else {}, detoxifier_options=options)
+    return Protector(config.detector or None, config.detoxifier or None, on_flag=config.on_flag, on_error=config.on_error,
+                     deadline_ms=config.deadline_ms or None, detoxifier_options={"n_threads": config.threads or None}, **config.scoring)

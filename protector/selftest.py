@@ -30,6 +30,7 @@ from .evaluate.metrics import rate
 from .evaluate.rewrites import LONG_RUN, longest_run
 from .guard import Protector
 from .normalise import normalised
+from .options import ModelOptions
 from .stream import StreamGuard
 from .template import windows
 
@@ -42,21 +43,15 @@ Attack = namedtuple("Attack", "name item change is_known_miss", defaults=(False,
 
 
 @dataclass(frozen=True)
-class SelftestConfig:
+class SelftestConfig(ModelOptions):
     """Run the attack suite against a detector and its threshold."""
 
-    detector: str = field(default="", metadata={"help": "GGUF file or PyTorch folder; the shipped one if empty"})
-    detoxifier: str = field(default="", metadata={"help": "GGUF file or PyTorch folder; the shipped one if empty"})
-    quantisation: str = field(default="F16", metadata={"help": "of the detector's base: F32, F16, Q8_0, Q4_0, base"})
-    threshold: float = field(default=-1.0, metadata={"help": "flag at this score; -1 = the model's calibration"})
-    fpr: float = field(default=-1.0, metadata={"help": "use the calibration for this false-positive rate; -1 = the default one"})
     rows: int = field(default=0, metadata={"help": "answers of each label at most; 0 = all"})
     long_tokens: int = field(default=600, metadata={"help": "harmless tokens around a hidden answer"})
     seed: int = field(default=0, metadata={"help": "of where characters are put"})
     out: str = field(default="", metadata={"help": "JSON file to write; none if empty"})
     json: bool = field(default=False, metadata={"help": "print JSON in place of the table"})
     baseline: str = field(default="", metadata={"help": "JSON file of an earlier run: fail where a rate is below its interval"})
-    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = all cores"})
 
 
 class Kit:
@@ -532,10 +527,7 @@ def run(config):
     rows = read_rows()
     if config.rows:
         rows = [row for label in (1, 0) for row in [row for row in rows if row["label"] == label][:config.rows]]
-    is_folder = config.detector and Path(config.detector).is_dir()
-    guard = Protector(config.detector or None, config.detoxifier or None, on_flag="report", threshold=None if config.threshold < 0 else config.threshold,
-                      fpr=None if config.fpr < 0 else config.fpr,
-                      detector_options={} if is_folder else {"quantisation": config.quantisation, "n_threads": config.threads or None})
+    guard = Protector(config.detector or None, config.detoxifier or None, on_flag="report", **config.scoring)
     result = measure(guard, config, rows, lambda name: print(f"selftest: {name}", file=sys.stderr))
     if config.baseline:
         result["regressions"] = regressions(result, json.loads(Path(config.baseline).read_text()))

@@ -33,7 +33,7 @@ from starlette.routing import Route
 
 from .chat import BadRequest, ChatStream, EventReader, UpstreamError, guard_completion, read_request
 from .errors import ProtectorError
-from .options import option, protector_from
+from .options import ModelOptions, option, protector_from
 
 logger = logging.getLogger("protector")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -48,7 +48,7 @@ BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(ModelOptions):
     """Options of `protector serve`; each is a flag of the command line."""
 
     upstream: str = option("", "URL of an OpenAI-compatible model server, such as http://127.0.0.1:8000")
@@ -57,15 +57,9 @@ class ServeConfig:
     token_variable: str = option("PROTECTOR_TOKEN", "environment variable with the bearer token that clients must send")
     upstream_key_variable: str = option("PROTECTOR_UPSTREAM_KEY", "environment variable with the upstream's API key; without "
                                                                    "either variable a client's own key is passed on")
-    detector: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    detoxifier: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    quantisation: str = option("F16", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
-    threshold: float = option(-1.0, "flag at this score; -1 = the model's calibration")
-    fpr: float = option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
     on_flag: str = option("rewrite", "rewrite, refuse or report")
     on_error: str = option("refuse", "refuse (a 200 with the refusal) or raise (a 503)")
     deadline_ms: float = option(0.0, "for guarding one answer, a streamed one from its first token on; 0 = none")
-    threads: int = option(0, "CPU threads of the guard; 0 = all cores")
     hold: int = option(8, "scored tokens of a stream that are still held back")
     streams: int = option(8, "choices that stream at one time; more wait")
     requests: int = option(64, "requests under way or waiting; more get 429")

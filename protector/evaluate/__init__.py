@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 
 from ..errors import DataError
-from ..options import option
+from ..options import ModelOptions, option
 
 PARTS = ("judge", "detectors", "replay", "utility", "exact", "mm-safetybench", "figstep", "typographic", "likelihood")
 MLLMS = ("stand-in", "openai", "llama.cpp", "transformers", "replay")
@@ -24,7 +24,7 @@ _NEEDED = {"mm-safetybench": ("mm_safetybench",), "figstep": ("figstep",), "exac
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(ModelOptions):
     """Attack success before and after, utility, detector and detoxifier metrics, and a report."""
 
     what: tuple[str, ...] = field(metadata={
@@ -33,11 +33,6 @@ class EvaluateConfig:
     data: tuple[str, ...] = option((), "data folders (dev_pairs.jsonl.gz and its siblings), labelled JSONL files, PyRIT's wheel")
     out: str = option("results", "folder for the JSON results")
     report: str = option("", "folder for the page, tables and plots; none if empty")
-    detector: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    detoxifier: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    quantisation: str = option("F16", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
-    threshold: float = option(-1.0, "flag at this score; -1 = the model's calibration")
-    fpr: float = option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
     on_flag: str = option("rewrite", "rewrite or refuse")
     judge_url: str = option("", "OpenAI-compatible server of a judge; the offline judge if empty")
     judge_model: str = option("", "the judge's name there")
@@ -58,7 +53,6 @@ class EvaluateConfig:
     tokens: int = option(128, "of an MLLM's answer")
     draws: int = option(1000, "of a bootstrap")
     workers: int = option(4, "requests at once to a server")
-    threads: int = option(0, "CPU threads; 0 = all cores")
 
 
 def run(config):
@@ -133,22 +127,12 @@ class _Evaluation:
         return self.inputs
 
     @property
-    def options(self):
-        """Of a Protector, as `protector guard` has them."""
-        from pathlib import Path
-
-        config, is_file = self.config, not (self.config.detector and Path(self.config.detector).is_dir())
-        threads = {"n_threads": config.threads or None}
-        return {"threshold": None if config.threshold < 0 else config.threshold, "fpr": None if config.fpr < 0 else config.fpr,
-                "detector_options": threads | {"quantisation": config.quantisation} if is_file else {}}
-
-    @property
     def guard(self):
         from .replay import guarding
 
         config = self.config
         return self._once("guard", lambda: guarding(config.detector or None, config.detoxifier or None, on_flag=config.on_flag,
-                                                    detoxifier_options={"n_threads": config.threads or None}, **self.options))
+                                                    detoxifier_options={"n_threads": config.threads or None}, **config.scoring))
 
     @property
     def embed(self):
@@ -238,7 +222,7 @@ class _Evaluation:
 
         rows = replay.fewest(self.rows.pairs + self.rows.benign, self.config.most)
         yield "detectors", detectors.evaluate(self.config.detector or None, rows, self.rows.train, self.config.draws, self.progress,
-                                              **self.options)
+                                              **self.config.scoring)
 
     def measure_replay(self):
         from . import replay, rewrites
