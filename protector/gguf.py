@@ -387,7 +387,7 @@ def runnable_detector(base, adapter, quantisation):
         raise ValueError(f"runnable_detector: quantisation must be one of {', '.join(FILE_TYPES)}, got {quantisation}.")
     metadata = read_metadata(adapter)
     target = cache_dir() / f"detector-{metadata.model_sha256[:16]}-{file_sha256(base)[:16]}-{quantisation}.gguf"
-    if target.exists():
+    if target.exists() and target.with_suffix(".npy").exists():
         return target
     reader = _reader(base)
     _check_depth(reader, base, metadata.depth)

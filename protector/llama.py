@@ -122,8 +122,9 @@ class _Weights:
         value = ctypes.create_string_buffer(8)
         llama_cpp.llama_model_meta_val_str(self.pointer, gguf.IDENTITY_OUTPUT.encode(), value, len(value))
         self.has_identity_output = value.value == b"true"
-        table = Path(path).with_suffix(".npy")
-        self.embedding = np.load(table, mmap_mode="r") if self.has_identity_output and table.exists() else None  # (vocabulary, d)
+        # (vocabulary, d), which gguf.runnable_detector puts beside a file without a vocabulary
+        needs_embedding = llama_cpp.llama_vocab_type(self.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE
+        self.embedding = np.load(Path(path).with_suffix(".npy"), mmap_mode="r") if needs_embedding else None
 
     @classmethod
     def of(cls, path, n_gpu_layers, vocab_only=False):

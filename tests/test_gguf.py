@@ -190,6 +190,8 @@ def test_a_detector_runs_on_its_blocks_without_a_vocabulary(torch_detector, tiny
     assert embedding.dtype == dtype and np.array_equal(embedding, array(base["token_embd.weight"]).astype(dtype))
     written = path.stat().st_mtime_ns
     assert gguf.runnable_detector(tiny.gguf, adapter, quantisation) == path and path.stat().st_mtime_ns == written
+    path.with_suffix(".npy").unlink()
+    assert gguf.runnable_detector(tiny.gguf, adapter, quantisation) == path and np.array_equal(np.load(path.with_suffix(".npy")), embedding)
 
 
 def test_full_fine_tuning_names_every_tensor(tiny):

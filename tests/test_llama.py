@@ -87,6 +87,13 @@ def test_m63_a_merged_detector_scores_as_pytorch(torch_detector, tiny, tmp_path,
     assert detector.quantisation == quantisation and detector.metadata.merged
 
 
+def test_an_array_that_lies_beside_a_whole_model_is_not_its_embedding(torch_detector, tiny, tmp_path, sequences, expected):
+    export_merged(torch_detector, tmp_path / "merged.gguf", "F16", tiny.gguf, canaries_of(torch_detector))
+    np.save(tmp_path / "merged.npy", np.zeros((3, 3)))
+    detector = LlamaDetector(tmp_path / "merged.gguf", n_threads=1)
+    assert np.abs(detector.logits(sequences) - expected).max() < 2 * F16_CACHE
+
+
 def test_a_fully_tuned_detector_scores_as_pytorch(tiny, tmp_path, sequences):
     model = shake(build(ModelConfig("detector", tiny.folder, depth=3, rank=0)))
     export_merged(model, tmp_path / "full.gguf", "F16", tiny.gguf, canaries_of(model))
