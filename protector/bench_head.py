@@ -8,7 +8,6 @@ compute-sanitizer; then microseconds and GB/s against eager PyTorch, torch.compi
 Nothing else may run meanwhile: a ratio taken beside another process is not one.
 """
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -26,7 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from protector import _native
+from protector.evaluate import record
 from protector.head import harm_score, harm_score_ref
+from protector.options import add_options, config_from
 
 BIAS, EPS = -0.3, 1e-5
 WIDTHS = (1, 8, 31, 64, 576, 1000, 4096, 4097)  # ugly ones among them: tails, unaligned rows, one warp or four
@@ -346,23 +347,16 @@ def report(what, found):
 
 def machine():
     """What a reader needs to compare numbers: processor, threads, versions, commit."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux only; elsewhere platform's word stands
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+    return {"cpu": record.cpu(), "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "built_with_cuda": _native.HAS_CUDA, "commit": commit.stdout.strip() or None}
+            "built_with_cuda": _native.HAS_CUDA, "commit": record.commit()}
 
 
 def options_from(arguments):
     parser = argparse.ArgumentParser(prog="python -m protector.bench_head", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Options):
-        flag = "--" + field.name.replace("_", "-")
-        kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "default": field.default}
-        parser.add_argument(flag, help=f"default: {field.default}", **kind)
-    return Options(**vars(parser.parse_args(arguments)))
+    add_options(parser, Options)
+    return config_from(parser.parse_args(arguments), Options)
 
 
 def main(arguments=None):

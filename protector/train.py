@@ -11,8 +11,6 @@ import math
 import os
 import platform
 import random
-import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,6 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from . import data
+from .evaluate import record
 from .errors import DataError, ModelError
 from .losses import IGNORE
 from .models import KINDS, ModelConfig, build
@@ -415,11 +414,9 @@ def _identity(config):
 def _describe(config, rows, device, bf16, model):
     import transformers
 
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True) \
-        if shutil.which("git") else None
     return {"config": asdict(config), "rows": len(rows), "rows_by_source": dict(Counter(row.source for row in rows)),
             "fingerprint": data.fingerprint(rows), "device": str(device), "bf16": bf16,
             "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
             "trained_parameters": sum(value.numel() for value in model.trained().values()),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "transformers": transformers.__version__}, "commit": git.stdout.strip() if git else ""}
+                         "transformers": transformers.__version__}, "commit": record.commit() or ""}

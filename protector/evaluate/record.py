@@ -37,19 +37,27 @@ def _portable(value):
 
 def provenance(config=None):
     """What a result depends on: configuration, commit, versions, machine."""
-    root = Path(__file__).parents[2]
-    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
     versions = {}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"config": _portable(plain(config)), "commit": commit.stdout.strip() if commit.returncode == 0 else None, "python": platform.python_version(),
-            "versions": versions, "cpu": _cpu(), "cores": os.cpu_count()}
+    return {"config": _portable(plain(config)), "commit": commit(), "python": platform.python_version(),
+            "versions": versions, "cpu": cpu(), "cores": os.cpu_count()}
 
 
-def _cpu():
+def commit():
+    """The commit of this checkout; None outside of one, or without git."""
+    try:
+        found = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def cpu():
+    """The processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
