@@ -358,7 +358,8 @@ def _streaming(detector, plain, n, rounds, missing, threads):
 
     def ours():
         cursor = detector.open()
-        cursor.start(prefix)
+        cursor.start(prefix[:-1])
+        cursor.feed(prefix[-1:])  # decodes what it began with
         spent = seconds(lambda: [cursor.feed([token]) for token in ids])
         cursor.close()
         return n / spent

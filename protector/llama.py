@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections import deque
 from pathlib import Path
@@ -30,8 +31,10 @@ logger = logging.getLogger("protector")
 CANARY_TOLERANCE = 0.1  # |score - score at export|; Q4_0 stays within it (results/parity.json)
 _BATCH_TOKENS = 512  # tokens of one llama_decode
 _SEQUENCES = 16  # sequences that one decode may hold
-_STREAMS = 8  # streams of the greatest length that the cache has room for
-_PLACES = 64  # streams that it may hold at one time while they are shorter
+_CACHES = 4  # that streams are spread over: attention reads a whole cache, the other streams' part only to be masked
+_STREAMS = 2  # streams of the greatest length that one of them has room for
+_PLACES = 16  # streams that it may hold at one time while they are shorter
+_GATHER_S = 1e-3  # between two looks whether more streams have come
 _TRIAL_S = 600  # longest trial of a model file
 _TRIAL = """
 import os, sys
@@ -302,8 +305,9 @@ class LlamaDetector:
         self.template = Template(self.tokenizer, self.limits)
         self.longest = self.limits.question_tokens + self.limits.window + MAX_HISTORY_TOKENS + 64  # 64: roles and marks
         self.model_sha256, self.calibration = self.metadata.model_sha256, self.metadata.calibration
-        self._weights, self._adapter, self._n_threads, self._streams = weights, adapter, n_threads, None
-        self.context = _Context(weights, adapter, max(4 * _BATCH_TOKENS, 4 * self.longest), True, n_threads, _SEQUENCES)
+        room = _STREAMS * self.longest  # not self in the function: a cycle would keep the memory until a collection
+        self._streams = _Streams(lambda: _Context(weights, adapter, room, True, n_threads, _PLACES))
+        self.context = _Context(weights, adapter, _BATCH_TOKENS + self.longest, True, n_threads, _SEQUENCES)
         if self.context.n_embd != len(self.metadata.head_weight):
             raise ModelError(f"load: {path} must have a head of {self.context.n_embd} weights, got "
                              f"{len(self.metadata.head_weight)}. Use the base that it was trained on.")
@@ -350,12 +354,9 @@ class LlamaDetector:
             return results
 
     def open(self):
-        """A cursor for one stream: its own sequence on a cache that all streams share."""
-        with self.context.lock:
-            if self._streams is None:
-                context = _Context(self._weights, self._adapter, _STREAMS * self.longest, True, self._n_threads, _PLACES)
-                self._streams = (context, {}, deque())
-        return _Cursor(self, *self._streams)
+        """A cursor for one stream: its own sequence in one of the caches that all streams share."""
+        self.context.lock  # an error in a fork
+        return _Cursor(self, self._streams)
 
     def _head(self, hidden):
         """(n, d) hidden states -> (n,) logits."""
@@ -368,118 +369,181 @@ class _Step:
     def __init__(self, cursor, ids):
         self.cursor, self.ids, self.logits, self.error = cursor, ids, None, None
 
+    @property
+    def is_done(self):
+        return self.logits is not None or self.error is not None
+
+    @property
+    def n_tokens(self):
+        """That are decoded for it."""
+        return len(self.cursor.ids) - self.cursor.n_cached + len(self.ids)
+
+    def attempt(self, work):
+        """Do its part of the work; an error of its own must not reach the others."""
+        try:
+            work()
+        except Exception as error:
+            self.error = error
+
+
+class _Cache:
+    """A context that some streams share."""
+
+    def __init__(self, context):
+        self.context = context
+        self.places = {}  # {sequence: cursor}, the one that was idle longest first
+
+    @property
+    def n_tokens(self):
+        return sum(len(cursor.ids) for cursor in self.places.values())
+
+
+class _Streams:
+    """What the streams of one detector share: caches behind one lock, and the steps that no thread has taken up yet."""
+
+    def __init__(self, new_context):
+        self.new_context, self.caches, self.waiting = new_context, [], deque()
+        self.turn, self.is_busy = threading.Condition(), False  # whether a thread is scoring what waited
+        self._making = threading.Lock()
+
+    @property
+    def lock(self):
+        if not self.caches:
+            with self._making:
+                if not self.caches:
+                    self.caches.append(_Cache(self.new_context()))
+        return self.caches[0].context.lock
+
+    def emptiest(self):
+        """The cache with a free place that holds the fewest tokens; a new one where none is empty and there may be more."""
+        if all(cache.places for cache in self.caches) and len(self.caches) < _CACHES:
+            self.caches.append(_Cache(self.new_context()))
+        return min(self.caches, key=lambda cache: (len(cache.places) == _PLACES, cache.n_tokens))
+
 
 class _Cursor:
     """Scores the tokens of one stream, each once.
 
     Streams of several threads that wait for the model are decoded together: whoever gets it takes the steps of all.
 
-    No stream waits for another to end, or streams that one thread reads in turn would wait forever: where the cache is full,
+    No stream waits for another to end, or streams that one thread reads in turn would wait forever: where its cache is full,
     the one that was idle longest loses its place, and is decoded again, without scores, when it goes on.
     """
 
-    def __init__(self, detector, context, places, waiting):
-        self.detector, self.context = detector, context
-        self.waiting = waiting  # steps that no thread has taken up yet; shared by all streams
-        self.places = places  # {sequence: cursor}, the one that was idle longest first; shared by all streams
-        self.sequence, self.is_closed = None, False
-        self.ids = []  # what was fed since start
+    def __init__(self, detector, streams):
+        self.detector, self.streams = detector, streams
+        self.cache, self.sequence, self.is_closed = None, None, False  # its place, where it has one
+        self.ids, self.n_cached = [], 0  # what was fed since start; how many of them the cache holds
 
     def start(self, ids):
-        """Begin anew with these ids, which carry no score."""
-        with self.context.lock:
+        """Begin anew with these ids, which carry no score; they are decoded with the first ones that do."""
+        with self.streams.lock:
             self._leave()
-            self.ids = []
-            self._decode(ids, wants_output=False)
+            self.ids = list(ids)
 
     def feed(self, ids):
         """(n,) float32 logits of these ids, which follow what was fed before."""
-        step, lock = _Step(self, ids), self.context.lock
-        self.waiting.append(step)
-        with lock:
-            if step.logits is None and step.error is None:
-                self._take_up()
+        step, lock, streams = _Step(self, ids), self.streams.lock, self.streams
+        streams.waiting.append(step)
+        with streams.turn:  # a lock alone would let a stream back in before the others came out with their scores
+            while streams.is_busy and not step.is_done:
+                streams.turn.wait()
+            if not step.is_done:
+                streams.is_busy = True
+        if not step.is_done:
+            try:
+                with lock:
+                    self._take_up()
+            finally:
+                with streams.turn:
+                    streams.is_busy = False
+                    streams.turn.notify_all()
         if step.error is not None:
             raise step.error
         return step.logits
 
+    def _gather(self):
+        """Wait while other streams keep coming: in one decode they take less time than one after the other."""
+        n, n_streams = 0, sum(len(cache.places) for cache in self.streams.caches)
+        while n < len(self.streams.waiting) < n_streams:
+            n = len(self.streams.waiting)
+            time.sleep(_GATHER_S)
+
     def _take_up(self):
-        """Score all steps that wait: in one decode where there is room, the others one by one."""
-        steps = [self.waiting.popleft() for _ in range(len(self.waiting))]
-        together, n_tokens, n_cached = [], 0, sum(len(cursor.ids) for cursor in self.places.values())
-        for step in steps:
-            n = n_tokens + len(step.ids)
-            if step.cursor.sequence is not None and n <= _BATCH_TOKENS and n_cached + n <= self.context.n_ctx:
-                together.append(step)
-                n_tokens = n
-        try:
-            if len(together) > 1:
-                self._decode_together(together)
-        except Exception:  # one of them broke it: each on its own
-            for step in together:
-                step.cursor._leave()
+        """Score all steps that wait: those of one cache in one decode where there is room, the others one by one."""
+        self._gather()
+        waiting = self.streams.waiting
+        steps = [waiting.popleft() for _ in range(len(waiting))]
         try:
             for step in steps:
+                step.attempt(lambda: step.cursor._enter(len(step.ids)))
+            for cache in self.streams.caches:
+                together, n_batch, n_cached = [], 0, cache.n_tokens
+                for step in steps:
+                    n = n_batch + step.n_tokens
+                    if not step.is_done and step.cursor.cache is cache and n <= _BATCH_TOKENS and n_cached + n <= cache.context.n_ctx:
+                        together.append(step)
+                        n_batch = n
                 try:
-                    if step.logits is None:
-                        step.logits = step.cursor._decode(step.ids, wants_output=True)
-                except Exception as error:
-                    step.error = error
+                    if len(together) > 1:
+                        self._decode(together)
+                except Exception:  # one of them broke it: each on its own
+                    pass
+            for step in steps:
+                if not step.is_done:
+                    step.attempt(lambda: (step.cursor._enter(len(step.ids)), self._decode([step])))
         finally:  # an interrupt ends this thread, and not the others
-            self.waiting.extend(step for step in steps if step.logits is None and step.error is None)
+            waiting.extend(step for step in steps if not step.is_done)
 
-    def _decode_together(self, steps):
-        entries = [(token, len(step.cursor.ids) + i, step.cursor.sequence, True) for step in steps for i, token in enumerate(step.ids)]
-        self.context.decode(entries)
-        logits = self.detector._head(np.stack([self.context.hidden(i) for i in range(len(entries))]))
+    def _decode(self, steps):
+        """Score steps of one cache; before its own ids each decodes what the cache doesn't hold of the ids before them."""
+        context, logits, entries = steps[0].cursor.cache.context, [], []
+        for step in steps:
+            cursor, n = step.cursor, step.cursor.n_cached
+            entries += [(token, position, cursor.sequence, position >= len(cursor.ids))
+                        for position, token in enumerate(cursor.ids[n:] + step.ids, n)]
+        try:
+            for begin in range(0, len(entries), _BATCH_TOKENS):
+                part = entries[begin:begin + _BATCH_TOKENS]
+                context.decode(part)
+                hidden = [context.hidden(i) for i, entry in enumerate(part) if entry[3]]  # n of (d,)
+                if hidden:
+                    logits.extend(self.detector._head(np.stack(hidden)))
+        except BaseException:
+            for step in steps:
+                step.cursor._leave()  # the cache may hold some of them
+            raise
         for step in steps:
             step.cursor.ids += step.ids
-            step.logits, logits = logits[:len(step.ids)], logits[len(step.ids):]
+            step.cursor.n_cached = len(step.cursor.ids)
+            step.logits, logits = np.array(logits[:len(step.ids)], np.float32), logits[len(step.ids):]
 
     def close(self):
         """Give the place back."""
-        with self.context.lock:
+        with self.streams.lock:
             self._leave()
             self.is_closed = True
 
     def _enter(self, n_new):
-        """Take a place in the cache with room for new ids; returns those that must be decoded again."""
+        """Take a place in a cache with room for new ids, or keep it."""
         if self.is_closed:
             raise RuntimeError("feed: cursor must be open, got a closed one. Open another.")
-        others = [cursor for cursor in self.places.values() if cursor is not self]
+        cache = self.cache or self.streams.emptiest()
+        others = [cursor for cursor in cache.places.values() if cursor is not self]
         n_tokens = sum(len(cursor.ids) for cursor in others) + len(self.ids) + n_new
-        while others and (n_tokens > self.context.n_ctx or len(others) == _PLACES):
+        while others and (n_tokens > cache.context.n_ctx or len(others) == _PLACES):
             n_tokens -= len(others[0].ids)
             others.pop(0)._leave()
-        lost = []
-        if self.sequence is None:
-            self.sequence, lost = min(set(range(_PLACES)) - self.places.keys()), self.ids
-        self.places.pop(self.sequence, None)
-        self.places[self.sequence] = self
-        return lost
+        if self.cache is None:
+            self.cache, self.sequence = cache, min(set(range(_PLACES)) - cache.places.keys())
+        cache.places.pop(self.sequence, None)
+        cache.places[self.sequence] = self
 
     def _leave(self):
-        if self.sequence is not None:
-            self.context.clear(self.sequence)
-            del self.places[self.sequence]
-            self.sequence = None
-
-    def _decode(self, ids, wants_output):
-        lost = self._enter(len(ids))
-        position, logits = len(self.ids) - len(lost), []
-        entries = [(token, False) for token in lost] + [(token, wants_output) for token in ids]
-        try:
-            for begin in range(0, len(entries), _BATCH_TOKENS):
-                part = entries[begin:begin + _BATCH_TOKENS]
-                self.context.decode([(token, position + begin + i, self.sequence, wants) for i, (token, wants) in enumerate(part)])
-                hidden = [self.context.hidden(i) for i, (_, wants) in enumerate(part) if wants]  # n of (d,)
-                if hidden:
-                    logits.append(self.detector._head(np.stack(hidden)))
-        except BaseException:
-            self._leave()  # the cache may hold some of them
-            raise
-        self.ids += ids
-        return np.concatenate(logits) if logits else np.empty(0, np.float32)
+        if self.cache is not None:
+            self.cache.context.clear(self.sequence)
+            del self.cache.places[self.sequence]
+            self.cache, self.sequence, self.n_cached = None, None, 0
 
 
 class LlamaDetoxifier:

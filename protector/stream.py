@@ -31,9 +31,9 @@ from .guard import Verdict, _check_length, _checked, _sigmoid, _TooLong
 from .normalise import normalised
 from .template import well_formed
 
-STEP_TOKENS = 6  # scored in one step, while more text comes; the last step takes what there is
+STEP_TOKENS = 8  # scored in one step, while more text comes; the last step takes what there is
 PATIENCE = 4  # neighbouring positions that must all be over the threshold for an alarm
-VIEW_TOKENS = 32  # a disguised stream's normalised view is scored each time that so many tokens have come
+VIEW_TOKENS = 32  # a disguised stream's normalised view is scored at the step's end at which so many tokens have come
 VIEW_CHARS = 1024  # of the text before these tokens are read with them
 _LOOK_CHARS = 64  # likewise where the view is only compared, not scored
 _CJK = "\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
@@ -83,6 +83,7 @@ class StreamGuard:
         self._held = deque()  # (text, answer tokens up to its end) that was scored and isn't released yet
         self._n_fed, self._n_looked, self._n_viewed = 0, 0, 0  # characters: scored, looked at for a disguise, and free of an unscored one
         self._tail, self._view_at, self._is_disguised = "", 0, False  # text of the next view; tokens at the last one; since it
+        self._step_at = 0  # tokens at the last step's end
         self._ids, self._window_start, self._n_windows = [], 0, 1
         self._recent = deque(maxlen=PATIENCE)
         self._best, self._peak, self._view = 0.0, 0.0, 0.0  # of finished windows, of min(s_{t-3} .. s_t), of views
@@ -210,6 +211,9 @@ class StreamGuard:
             self._n_fed += len(piece)
             n_tokens = len(self._ids) + len(ids)
             self._held.append((piece, n_tokens))
+            if n_tokens - self._step_at < STEP_TOKENS:
+                continue
+            self._step_at = n_tokens  # where a step ends if the words come one by one
             if n_tokens - self._view_at >= VIEW_TOKENS:
                 self._feed(ids)
                 ids = []

@@ -209,7 +209,13 @@ def test_streams_share_a_cache_and_not_their_texts(llama_detector):
     cursor.close()
 
 
+def one_cache(detector, monkeypatch):
+    monkeypatch.setattr(detector._streams, "caches", [])
+    monkeypatch.setattr("protector.llama._CACHES", 1)
+
+
 def test_steps_of_streams_that_wait_are_decoded_together(llama_detector, monkeypatch):
+    one_cache(llama_detector, monkeypatch)
     rng = random.Random(7)
     texts = [[rng.randrange(17, 49152) for _ in range(n)] for n in (5, 1, 9, 0, 700, 3)]  # one that no decode holds with the others
     cursors = [llama_detector.open() for _ in texts]
@@ -218,17 +224,18 @@ def test_steps_of_streams_that_wait_are_decoded_together(llama_detector, monkeyp
         cursor.start([5, 6])
         alone.append(cursor.feed(text))
         cursor.start([5, 6])
-    context, decode = cursors[0].context, cursors[0].context.decode
+    streams = llama_detector._streams
+    context, decode = streams.caches[0].context, streams.caches[0].context.decode
     monkeypatch.setattr(context, "decode", lambda entries: (sizes.append(len(entries)), decode(entries))[1])
     threads = [threading.Thread(target=lambda i=i: together.update({i: cursors[i].feed(texts[i])})) for i in range(len(texts))]
     with context.lock:
         for thread in threads:
             thread.start()
-        while len(cursors[0].waiting) < len(texts):
+        while len(streams.waiting) < len(texts):
             time.sleep(0.01)
     for thread in threads:
         thread.join()
-    assert sorted(sizes) == sorted([5 + 1 + 9 + 0 + 3, 512, 188]) and not cursors[0].waiting
+    assert sorted(sizes) == sorted([5 + 1 + 9 + 0 + 3 + 5 * 2, 512, 190]) and not streams.waiting
     for i, expected in enumerate(alone):
         assert len(together[i]) == len(texts[i]) and np.abs(together[i] - expected).max(initial=0) < 1e-3
     # What follows is scored on what was fed then.
@@ -239,11 +246,27 @@ def test_steps_of_streams_that_wait_are_decoded_together(llama_detector, monkeyp
         cursor.close()
 
 
+def test_streams_are_spread_over_caches(llama_detector, monkeypatch):
+    """Attention reads a whole cache: many streams in one would pay for each other."""
+    monkeypatch.setattr(llama_detector._streams, "caches", [])
+    monkeypatch.setattr("protector.llama._CACHES", 2)
+    texts, cursors = [list(range(100 * i, 100 * i + 20)) for i in range(1, 7)], [llama_detector.open() for _ in range(6)]
+    found = [cursor.feed(text) for cursor, text in zip(cursors, texts)]
+    assert [len(cache.places) for cache in llama_detector._streams.caches] == [3, 3]
+    for cursor, text, logits in zip(cursors, texts, found):
+        cursor.start([])
+        assert np.abs(cursor.feed(text) - logits).max() < 1e-3
+        cursor.close()
+
+
 def test_a_step_that_fails_is_only_its_own(llama_detector, monkeypatch):
+    one_cache(llama_detector, monkeypatch)
     cursors = [llama_detector.open() for _ in range(3)]
     for cursor in cursors:
         cursor.start([5, 6])
-    context, decode, results = cursors[0].context, cursors[0].context.decode, {}
+    cursors[0].feed([])
+    streams, results = llama_detector._streams, {}
+    context, decode = streams.caches[0].context, streams.caches[0].context.decode
 
     def broken(entries):
         if any(token == 777 for token, *_ in entries):
@@ -261,7 +284,7 @@ def test_a_step_that_fails_is_only_its_own(llama_detector, monkeypatch):
     with context.lock:
         for thread in threads:
             thread.start()
-        while len(cursors[0].waiting) < 3:
+        while len(streams.waiting) < 3:
             time.sleep(0.01)
     for thread in threads:
         thread.join()
@@ -339,7 +362,7 @@ def test_models_of_one_file_share_its_weights(detector_gguf, detoxifier_gguf, ti
     detector = LlamaDetector(detector_gguf, base=tiny.gguf, quantisation="base", n_threads=1)
     detoxifier = LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, n_threads=1)
     again = LlamaDetector(detector_gguf, base=tiny.gguf, quantisation="base", n_threads=1)
-    assert detector._weights.pointer == detoxifier.context.weights.pointer == again._weights.pointer
+    assert detector.context.weights.pointer == detoxifier.context.weights.pointer == again.context.weights.pointer
     # each with its own adapter all the same
     ids = sequences_of(detector, MILD_PAIRS)
     before = detector.logits(ids)

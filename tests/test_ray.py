@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,7 +116,9 @@ def test_a_part_that_lost_rows_is_found(source, tmp_path):
 @pytest.fixture(scope="module")
 def ray():
     module = pytest.importorskip("ray", reason="needs the package ray: pip install 'mllm-protector[ray]'")
-    module.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])  # workers find the fakes
+    module.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
     yield module
     module.shutdown()
 

@@ -576,21 +576,24 @@ def test_m57_an_event_does_not_print_its_text():
 def test_more_streams_than_the_cache_has_room_for(llama_detector, monkeypatch, n_places, n_tokens):
     """Regression: the ninth stream of one thread waited forever. The one that was idle longest is decoded again."""
     p = Protector(llama_detector, False, threshold=1.0)
+    monkeypatch.setattr(llama_detector._streams, "caches", [])
     guards = [StreamGuard(p, Q) for _ in range(6)]
     list(p.stream(Q, [SAFE]))  # opens the context
     monkeypatch.setattr("protector.llama._PLACES", n_places)
-    monkeypatch.setattr(llama_detector._streams[0], "n_ctx", min(n_tokens, llama_detector._streams[0].n_ctx))
+    monkeypatch.setattr("protector.llama._CACHES", 1)
+    for cache in llama_detector._streams.caches:
+        monkeypatch.setattr(cache.context, "n_ctx", min(n_tokens, cache.context.n_ctx))
     lost = []
     monkeypatch.setattr("protector.llama._Cursor._leave",
                         lambda self, leave=_Cursor._leave: (lost.append(self.sequence), leave(self)))
-    for i in range(0, 60, 10):
+    for i in range(0, 240, 10):
         for j, guard in enumerate(guards):
-            guard.push(f"Answer {j}: {SAFE}"[i:i + 10])
+            guard.push(f"Answer {j}: {4 * SAFE}"[i:i + 10])
     n_lost = sum(sequence is not None for sequence in lost)
     for guard in guards:
         v = guard.finish()[-1].verdict
         assert v.score == pytest.approx(p.score(Q, v.text), abs=1e-3)
-    assert n_lost > 6 and llama_detector._streams[1] == {}
+    assert n_lost > 6 and not any(cache.places for cache in llama_detector._streams.caches)
 
 
 def test_m36_on_llama_cpp(llama_detector):
