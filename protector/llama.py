@@ -275,11 +275,14 @@ def _load(path, kind, base, quantisation, n_gpu_layers):
                          f"got sha256 {file_sha256(base)[:16]}... at {base}. Pass base=... with the right file.")
     if metadata.base_sha256 != SHA256:
         try_out(base)
-    if kind == "detector" and quantisation != gguf.AS_BASE:
+    if quantisation == gguf.AS_BASE:
+        weights = _Weights.of(gguf.runnable_base(base, metadata.depth, quantisation), n_gpu_layers)
+        return metadata, weights, weights, path, quantisation
+    if kind == "detector":
         blocks = _Weights.of(gguf.runnable_detector(base, path, quantisation), n_gpu_layers)
         return metadata, blocks, _Weights.of(base, 0, vocab_only=True), None, quantisation
-    weights = _Weights.of(gguf.runnable_base(base, metadata.depth, quantisation), n_gpu_layers)
-    return metadata, weights, weights, path, quantisation
+    weights = _Weights.of(gguf.runnable_base(base, metadata.depth, quantisation, path), n_gpu_layers)
+    return metadata, weights, weights, None, quantisation
 
 
 class LlamaDetector:
@@ -549,12 +552,13 @@ class _Cursor:
 class LlamaDetoxifier:
     """The response detoxifier on llama.cpp; arguments as of LlamaDetector.
 
-    The base is used in the quantisation that it ships in: no second copy on disk or in memory, and decoding is as fast.
+    It runs on a copy of the base with its adapter merged, made at the first use: the first token comes in two thirds of the time,
+    and the next ones a fifth faster. quantisation="base" applies the adapter at run time, without a copy on disk.
     """
 
     name = "llama.cpp"
 
-    def __init__(self, path, base=None, quantisation=gguf.AS_BASE, n_threads=None, n_gpu_layers=-1):
+    def __init__(self, path, base=None, quantisation="Q8_0", n_threads=None, n_gpu_layers=-1):
         self.metadata, weights, _, adapter, self.quantisation = _load(path, "detoxifier", base, quantisation, n_gpu_layers)
         self.path, self.limits = path, self.metadata.limits
         self.tokenizer = LlamaTokenizer(weights)

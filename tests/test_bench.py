@@ -50,7 +50,7 @@ def test_one_round_is_refused():
 
 def test_bare_writes_what_the_detoxifier_writes(detoxifier_gguf, tiny):
     # What is compared must do the same work: the same greedy tokens from the same file and adapter.
-    detoxifier = LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, n_threads=1)
+    detoxifier = LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, quantisation="base", n_threads=1)
     bare = Bare(detoxifier.context.weights, 1, bench._adapter(detoxifier))
     prompt = detoxifier.template.detoxifier_prompt([900, 901, 902], list(range(1000, 1060)))
     text, n, _ = detoxifier.generate(prompt, 12)
@@ -64,13 +64,13 @@ def test_bare_writes_what_the_detoxifier_writes(detoxifier_gguf, tiny):
 
 
 def test_bare_says_when_llama_cpp_fails(detoxifier_gguf, tiny):
-    weights = LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, n_threads=1).context.weights
+    weights = LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, quantisation="base", n_threads=1).context.weights
     with pytest.raises(RuntimeError, match=r"^bench: llama.cpp must decode \d+ tokens, got status 1\.$"):
         Bare(weights, 1, n_ctx=512).read([900] * 600)
 
 
 def test_loaded_weights_and_parameters_of_the_tiny_model(detoxifier_gguf, tiny):
-    model = LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, n_threads=1)
+    model = LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, quantisation="base", n_threads=1)
     described = bench._of_file(model)
     # A block: q and o of 64 x 64, k and v of 32 x 64, three products with 128, two norms; four of them. Outside: vocabulary and last norm.
     assert described["parameters_of_blocks"] == 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64)
@@ -150,7 +150,8 @@ def test_a_quick_run_measures_everything(real_base, tmp_path):
 def test_a_quick_sweep_measures_each_axis(real_base, tmp_path):
     done = protector("bench", "--quick", "--sweep", "--threads", "1", "--out", str(tmp_path / "sweep.json"))
     result = json.loads((tmp_path / "sweep.json").read_text())
-    assert result["kind"] == "bench_sweep" and set(result["axes"]) == {"depth", "quantisation", "LoRA", "threads", "detoxifier"}
+    assert result["kind"] == "bench_sweep" and set(result["axes"]) == {
+        "depth", "quantisation", "LoRA", "threads", "detoxifier, merged", "detoxifier, LoRA at run time"}
     assert set(result["axes"]["LoRA"]) == {"merged, or none", "at run time"} and "1" in result["axes"]["threads"]
     points = [point for axis in result["axes"].values() for point in axis.values()]
     assert all(point["prefill"]["median"] > 0 and point["token by token"]["median"] > 0 for point in points)

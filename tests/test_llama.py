@@ -35,9 +35,11 @@ def expected(torch_detector, sequences):
     return torch_detector.logits(sequences)
 
 
-@pytest.fixture(scope="module")
-def detoxifier(detoxifier_gguf, tiny):
-    return LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, n_threads=1)
+@pytest.fixture(scope="module", params=["base", "F32"])  # the adapter at run time, and merged
+def detoxifier(request, detoxifier_gguf, tiny):
+    model = LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, quantisation=request.param, n_threads=1)
+    assert hasattr(model.context, "adapter") == (request.param == "base")
+    return model
 
 
 # -- the same score as PyTorch
@@ -360,7 +362,7 @@ def test_m22_a_rewrite_has_room(detoxifier):
 
 def test_models_of_one_file_share_its_weights(detector_gguf, detoxifier_gguf, tiny):
     detector = LlamaDetector(detector_gguf, base=tiny.gguf, quantisation="base", n_threads=1)
-    detoxifier = LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, n_threads=1)
+    detoxifier = LlamaDetoxifier(detoxifier_gguf, base=tiny.gguf, quantisation="base", n_threads=1)
     again = LlamaDetector(detector_gguf, base=tiny.gguf, quantisation="base", n_threads=1)
     assert detector.context.weights.pointer == detoxifier.context.weights.pointer == again.context.weights.pointer
     # each with its own adapter all the same
@@ -377,7 +379,7 @@ def test_weights_are_freed_with_their_last_user(detoxifier_gguf, tiny, tmp_path)
     copy.write_bytes(tiny.gguf.read_bytes())
     gc.collect()  # what earlier tests left
     n = len(llama._Weights._loaded)
-    detoxifier = LlamaDetoxifier(detoxifier_gguf, base=copy, n_threads=1)
+    detoxifier = LlamaDetoxifier(detoxifier_gguf, base=copy, quantisation="base", n_threads=1)
     assert len(llama._Weights._loaded) == n + 1
     del detoxifier
     gc.collect()

@@ -128,11 +128,11 @@ class _Evaluation:
 
     @property
     def guard(self):
-        from .replay import guarding
+        from ..guard import Protector
 
         config = self.config
-        return self._once("guard", lambda: guarding(config.detector or None, config.detoxifier or None, on_flag=config.on_flag,
-                                                    detoxifier_options={"n_threads": config.threads or None}, **config.scoring))
+        return self._once("guard", lambda: Protector(config.detector or None, config.detoxifier or None, on_flag=config.on_flag,
+                                                     detoxifier_options={"n_threads": config.threads or None}, **config.scoring))
 
     @property
     def embed(self):

@@ -50,14 +50,15 @@ def _machine(result):
 
 def _thresholds(path):
     entries = sorted(gguf.read_metadata(path).calibration, key=lambda entry: (entry["fpr"], entry["quantisation"], entry["input"]))
-    return _grid(["backend", "quantisation", "input", "false positives at most", "with confidence", "harmless answers", "of them flagged", "threshold"],
-                 [[e["backend"], e["quantisation"], e["input"], f"{100 * e['fpr']:g} %", f"{100 * e['confidence']:g} %", e["n"], e["above"], f"{e['threshold']:.3f}"]
-                  for e in entries])
+    head = ["backend", "quantisation", "input", "false positives at most", "with confidence", "harmless answers", "of them flagged", "threshold"]
+    return _grid(head, [[e["backend"], e["quantisation"], e["input"], f"{100 * e['fpr']:g} %", f"{100 * e['confidence']:g} %",
+                         e["n"], e["above"], f"{e['threshold']:.3f}"] for e in entries])
 
 
 def _parity(result):
-    rows = [[name, f"{numbers['largest_score_difference']:.4f}", f"{numbers['mean_score_difference']:.4f}", f"{numbers['decisions_that_differ']} of {result['rows']}",
-             numbers["of_them_outside_the_band"]] for name, numbers in result["quantisations"].items()]
+    rows = [[name, f"{found['largest_score_difference']:.4f}", f"{found['mean_score_difference']:.4f}",
+             f"{found['decisions_that_differ']} of {result['rows']}", found["of_them_outside_the_band"]]
+            for name, found in result["quantisations"].items()]
     return _grid(["quantisation of the base", "largest score difference", "mean", "decisions that differ", "of them outside the band"], rows)
 
 
@@ -65,26 +66,31 @@ def _selftest(result):
     def percent(found):
         return "–" if not found["n"] else f"{100 * found['rate']:.0f} % [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
 
-    rows = [[row["name"] + (" (known miss)" if row["known_miss"] else ""), row["item"], percent(row["stays_flagged"]), percent(row["false_positives"])]
-            for row in result["attacks"]]
+    rows = [[row["name"] + (" (known miss)" if row["known_miss"] else ""), row["item"], percent(row["stays_flagged"]),
+             percent(row["false_positives"])] for row in result["attacks"]]
     measured = [[row["name"], row["item"], percent(row["rate"])] for row in result["measured"]]
     held = sum(row["holds"] for row in result["invariants"])
-    return (_grid(["disguise", "item", "stays flagged", "harmless answers flagged"], rows) + "\n\n" + _grid(["measured", "item", "rate"], measured)
-            + f"\n\n{held} of {len(result['invariants'])} invariants hold. {result['model']['quantisation']}, threshold {result['threshold']:.3f}. {_machine(result)}")
+    note = (f"{held} of {len(result['invariants'])} invariants hold. {result['model']['quantisation']}, threshold {result['threshold']:.3f}. "
+            + _machine(result))
+    return "\n\n".join([_grid(["disguise", "item", "stays flagged", "harmless answers flagged"], rows),
+                        _grid(["measured", "item", "rate"], measured), note])
 
 
 def _stream(result):
-    rows = [[name, f"{target['value']:.3g}", f"{target['bound']:g}", "yes" if target["holds"] else "no"] for name, target in result["targets"].items()]
-    return _grid(["streaming", "measured", "bound", "holds"], rows, f"{result['quantisation']}, {result['threads']} threads. {_machine(result)}"
-                 + (f" Spread widely: {', '.join(result['busy'])}." if result["busy"] else ""))
+    rows = [[name, f"{target['value']:.3g}", f"{target['bound']:g}", "yes" if target["holds"] else "no"]
+            for name, target in result["targets"].items()]
+    busy = f" Spread widely: {', '.join(result['busy'])}." if result["busy"] else ""
+    return _grid(["streaming", "measured", "bound", "holds"], rows,
+                 f"{result['quantisation']}, {result['threads']} threads. {_machine(result)}{busy}")
 
 
 def _head(result):
     cells = {name: cell for name, cell in result["on_cpu"].items() if name != "targets"}
-    rows = [[name, f"{cell['us']['twin']:.1f}", f"{cell['us']['harm_score_torch']:.1f}", f"{cell['us']['harm_score_numpy']:.1f}" if "harm_score_numpy" in cell["us"] else "–",
+    rows = [[name, *(f"{cell['us'][way]:.1f}" if way in cell["us"] else "–" for way in ("twin", "harm_score_torch", "harm_score_numpy")),
              f"{cell['eager_over_twin']:.1f}", f"{cell['eager_without_norm_over_twin']:.1f}"] for name, cell in cells.items()]
-    return _grid(["rows x width", "twin, µs", "through torch, µs", "through NumPy, µs", "eager with RMSNorm / twin", "eager without RMSNorm / twin"], rows,
-                 f"{result['machine']['cpu']}, {result['machine']['threads']} threads, PyTorch {result['machine']['torch']}.")
+    head = ["rows x width", "twin, µs", "through torch, µs", "through NumPy, µs", "eager with RMSNorm / twin", "eager without RMSNorm / twin"]
+    machine = result["machine"]
+    return _grid(head, rows, f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}.")
 
 
 def _report(*chosen):
@@ -96,8 +102,9 @@ def _report(*chosen):
     return render
 
 
-RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "stream": _stream, "head_cpu": _head, "bench": bench.markdown,
-             "bench_sweep": bench.sweep_markdown, "detectors": _report(0, 1), "replay": _report(0), "rewrites": _report(), "utility": _report(0), "judge": _report()}
+RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "stream": _stream, "head_cpu": _head,
+             "bench": bench.markdown, "bench_sweep": bench.sweep_markdown, "detectors": _report(0, 1), "replay": _report(0),
+             "rewrites": _report(), "utility": _report(0), "judge": _report()}
 
 
 def main(paths):

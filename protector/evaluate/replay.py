@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from ..guard import Protector, Verdict
+from ..guard import Verdict
 from . import metrics
 from .detectors import described
 from .judge import KEYWORDS_NOTE, is_refusal
@@ -114,8 +114,3 @@ def evaluate(guard, rows, judge, progress=False):
             "human_note": "recorded answers by their human labels, rewrites by the judge",
             "keywords_note": KEYWORDS_NOTE, "interval": "rates: 95 % Wilson; change: 95 % paired bootstrap over questions",
             "sources": sources, "models": models}, outcomes
-
-
-def guarding(detector=None, detoxifier=None, **options):
-    """The Protector of a replay; the shipped models where none are named."""
-    return Protector(detector=detector, detoxifier=detoxifier, **options)
