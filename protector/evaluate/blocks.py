@@ -76,6 +76,14 @@ def _selftest(result):
                         _grid(["measured", "item", "rate"], measured), note])
 
 
+def _depth(result):
+    sources = result["sources"]
+    rows = [[depth, *(f"{found[name]['auroc']:.3f} [{found[name]['low']:.3f}, {found[name]['high']:.3f}]" for name in sources)]
+            for depth, found in result["depths"].items()]
+    return _grid(["blocks", *(f"{name}, n {found['n']} ({found['harmful']})" for name, found in sources.items())], rows,
+                 f"AUROC of a linear layer fitted on {result['fitted_on']:,} answers' states, blocks as they come. {_machine(result)}")
+
+
 def _stream(result):
     rows = [[name, f"{target['value']:.3g}", f"{target['bound']:g}", "yes" if target["holds"] else "no"]
             for name, target in result["targets"].items()]
@@ -102,7 +110,7 @@ def _report(*chosen):
     return render
 
 
-RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "stream": _stream, "head_cpu": _head,
+RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "stream": _stream, "head_cpu": _head,
              "bench": bench.markdown, "bench_sweep": bench.sweep_markdown, "detectors": _report(0, 1), "replay": _report(0),
              "rewrites": _report(), "utility": _report(0), "judge": _report()}
 
