@@ -2,6 +2,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from serve_fakes import MARKER, FakeDetector
 
 from protector.errors import DataError
+from protector.evaluate import blocks
 from protector.guard import REFUSAL
 from protector.integrations.ray import GuardBatch, guard_files, parts_of
 
@@ -160,3 +163,14 @@ def test_ray_data_maps_batches(ray):
     options = {"detector": Dying(os.devnull), **OPTIONS}  # /dev/null exists: it never dies
     mapped = rows.map_batches(GuardBatch, compute=ray.data.ActorPoolStrategy(size=2), batch_size=4, fn_constructor_kwargs=options).take_all()
     assert len(mapped) == 20 and sum(row["flagged"] for row in mapped) == 4
+
+
+def test_throughput_is_measured_beside_one_process(real_base, tmp_path):
+    pytest.importorskip("ray", reason="needs the package ray: pip install 'mllm-protector[ray]'")
+    out = tmp_path / "ray.json"
+    done = subprocess.run([sys.executable, "-m", "protector.bench_ray", "--rows", "12", "--part", "4", "--rounds", "2", "--workers", "2", "--out", str(out)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["rows"] == 12 and set(result["rows_per_s"]) == {"one thread", "all threads", "ray"}
+    assert all(found["median"] > 0 for found in result["ray_over"].values()) and "| ray |" in blocks.RENDERERS["ray"](result)

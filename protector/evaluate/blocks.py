@@ -1,10 +1,10 @@
-"""The measured tables of README.md and of the model card: each stands between two marks and is drawn from one file.
+"""The measured tables of README.md, the model card and docs/: each stands between two marks and is drawn from one file.
 
     <!-- from results/table.json -->                  a result, by RENDERERS
     <!-- from protector/weights/detector.gguf -->     its thresholds
     <!-- end -->
 
-    python -m protector.evaluate.blocks README.md protector/weights/README.md      # draws them anew
+    python -m protector.evaluate.blocks      # draws them anew
 
 Tests compare every block with its file.
 """
@@ -17,6 +17,7 @@ from .. import bench, gguf
 from . import report, table
 
 ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "protector/weights/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"<!-- from (\S+) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
@@ -35,7 +36,7 @@ def draw(name):
     if path.suffix == ".gguf":
         return _thresholds(path)
     result = json.loads(path.read_text())
-    return RENDERERS[path.stem](result)
+    return RENDERERS.get(path.stem, _report())(result)
 
 
 def _grid(head, rows, *notes):
@@ -92,6 +93,13 @@ def _stream(result):
                  f"{result['quantisation']}, {result['threads']} threads. {_machine(result)}{busy}")
 
 
+def _ray(result):
+    rows = [[name, f"{found['median']:.1f}", f"{result['ray_over'][name]['median']:.2f}" if name in result["ray_over"] else ""]
+            for name, found in result["rows_per_s"].items()]
+    busy = f" Spread widely: {', '.join(result['busy'])}." if result["busy"] else ""
+    return _grid(["guard_files", "rows/s", "ray over it"], rows, f"{result['rows']} rows, {result['workers']} actors. {_machine(result)}{busy}")
+
+
 def _head(result):
     cells = {name: cell for name, cell in result["on_cpu"].items() if name != "targets"}
     rows = [[name, *(f"{cell['us'][way]:.1f}" if way in cell["us"] else "–" for way in ("twin", "harm_score_torch", "harm_score_numpy")),
@@ -110,13 +118,12 @@ def _report(*chosen):
     return render
 
 
-RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "stream": _stream, "head_cpu": _head,
-             "bench": bench.markdown, "bench_sweep": bench.sweep_markdown, "detectors": _report(0, 1), "replay": _report(0),
-             "rewrites": _report(), "utility": _report(0), "judge": _report()}
+RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "stream": _stream, "ray": _ray, "head_cpu": _head,
+             "bench": bench.markdown, "bench_sweep": bench.sweep_markdown, "detectors": _report(0, 1), "replay": _report(0), "utility": _report(0)}
 
 
 def main(paths):
-    for path in map(Path, paths):
+    for path in map(Path, paths or DOCUMENTS):
         path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
