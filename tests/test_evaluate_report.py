@@ -57,7 +57,7 @@ def run(folder, *what, **options):
         patch.setenv("PROTECTOR_CACHE", str(folder / "cache"))
         patch.setattr(embed, "Embedder", lambda: fake_embed)
         patch.setattr(base_model, "BaseModel", lambda n_threads=None: perplexity())
-        patch.setattr(replay, "guarding", lambda *_, **__: guard)
+        patch.setattr("protector.guard.Protector", lambda *_, **__: guard)
         patch.setattr(detectors, "scoring_guard", lambda *_, **__: scorer)
         patch.setattr(utility, "seconds_per_token", lambda: 0.02)
         patch.setattr(mllm, "StandIn", lambda **_: FakeClient())
