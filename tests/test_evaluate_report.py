@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -46,7 +47,7 @@ class FakeClient:
 def run(folder, *what, **options):
     """What a run with fakes in place of weights prints."""
     pytest.importorskip("PIL", reason="Pillow is not installed")
-    from protector.evaluate import base_model, detectors, embed, mllm, replay, utility
+    from protector.evaluate import base_model, detectors, embed, mllm, utility
 
     printed, rows = io.StringIO(), folder / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, lines())))
@@ -57,7 +58,7 @@ def run(folder, *what, **options):
         patch.setenv("PROTECTOR_CACHE", str(folder / "cache"))
         patch.setattr(embed, "Embedder", lambda: fake_embed)
         patch.setattr(base_model, "BaseModel", lambda n_threads=None: perplexity())
-        patch.setattr("protector.guard.Protector", lambda *_, **__: guard)
+        patch.setattr(sys.modules["protector.guard"], "Protector", lambda *_, **__: guard)  # the attribute of that name is a function
         patch.setattr(detectors, "scoring_guard", lambda *_, **__: scorer)
         patch.setattr(utility, "seconds_per_token", lambda: 0.02)
         patch.setattr(mllm, "StandIn", lambda **_: FakeClient())
