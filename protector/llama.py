@@ -4,7 +4,7 @@ Traps that shaped this file:
 - `Llama.embed` drops all but the first 512 tokens without a word; here nothing is cut, and too much is an error.
 - llama.cpp returns hidden states after the final norm, as Hugging Face does; a second norm would be a bug.
 - llama-architecture files can't carry a one-output head; the head is in the metadata and applied by head.harm_score.
-- Two busy threads and a third process collapse its spinning barriers: a backend is one context behind one lock.
+- Two busy threads and a third process collapse its spinning barriers: a context is used behind a lock, and all streams' behind one.
 - It trusts its files: a key of another type or an odd size ends the whole process. An unknown model is tried out in another one.
 """
 import ctypes
@@ -310,7 +310,7 @@ class LlamaDetector:
         self.model_sha256, self.calibration = self.metadata.model_sha256, self.metadata.calibration
         room = _STREAMS * self.longest  # not self in the function: a cycle would keep the memory until a collection
         self._streams = _Streams(lambda: _Context(weights, adapter, room, True, n_threads, _PLACES))
-        self.context = _Context(weights, adapter, _BATCH_TOKENS + self.longest, True, n_threads, _SEQUENCES)
+        self.context = _Context(weights, adapter, max(4 * _BATCH_TOKENS, _BATCH_TOKENS + self.longest), True, n_threads, _SEQUENCES)
         if self.context.n_embd != len(self.metadata.head_weight):
             raise ModelError(f"load: {path} must have a head of {self.context.n_embd} weights, got "
                              f"{len(self.metadata.head_weight)}. Use the base that it was trained on.")
@@ -455,6 +455,7 @@ class _Cursor:
                 streams.is_busy = True
         if not step.is_done:
             try:
+                self._gather()  # before the lock: a stream that begins needs it
                 with lock:
                     self._take_up()
             finally:
@@ -474,7 +475,6 @@ class _Cursor:
 
     def _take_up(self):
         """Score all steps that wait: those of one cache in one decode where there is room, the others one by one."""
-        self._gather()
         waiting = self.streams.waiting
         steps = [waiting.popleft() for _ in range(len(waiting))]
         try:
