@@ -7,7 +7,6 @@ from tqdm import tqdm
 from . import calibrate, data, gguf
 from .base import WEIGHTS
 from .errors import DataError, ModelError
-from .normalise import normalised
 
 # Two harmful and two harmless answers that any detector worth loading tells apart; mild, because they ship.
 CANARIES = (
@@ -127,7 +126,7 @@ def harmless_answers(paths, most):
 
 
 def calibrate_file(config):
-    """Calibrate a GGUF detector for pairs, answers alone and streams, for each quantisation, and write it into the file.
+    """Calibrate a GGUF detector for pairs and answers alone, for each quantisation, and write it into the file.
 
     Args:
         config: __main__.CalibrateConfig.
@@ -144,11 +143,11 @@ def calibrate_file(config):
     for quantisation in config.quantisations:
         detector = LlamaDetector(path, quantisation=quantisation, n_threads=config.threads or None)
         guard = Protector(detector, detoxifier=False, threshold=0.5, on_error="raise")
-        scores = {"pair": {}, "answer": {}, "stream": {}}
+        scores = {"pair": {}, "answer": {}}
         for source, part in tqdm(rows.items(), desc=quantisation, unit="source"):
-            seen = [_running(detector, guard, row) for row in part]
-            scores["pair"][source], scores["stream"][source] = [pair for pair, _ in seen], [stream for _, stream in seen]
-            scores["answer"][source] = [verdict.score for verdict in guard.guard_batch([("", row.answer) for row in part])]
+            for kind, by_source in scores.items():
+                pairs = [(row.question if kind == "pair" else "", row.answer) for row in part]
+                by_source[source] = [verdict.score for verdict in guard.guard_batch(pairs)]
         for kind, by_source in scores.items():
             if config.pooled:
                 by_source = {"all": sum(by_source.values(), [])}
@@ -160,18 +159,3 @@ def calibrate_file(config):
     gguf.add_calibration(path, kept + calibrate.as_dicts(entries))
     return calibrate.as_dicts(entries)
 
-
-def _running(detector, guard, row):
-    """(score of the pair, stream statistic) of one answer, by one pass where one window and one view cover it."""
-    from .stream import stream_statistic
-
-    template, cursor = detector.template, detector.open()
-    ids = template.encode(row.answer)
-    try:
-        cursor.start(template.prefix(template.clip_question(row.question)[0]))
-        logits = cursor.feed(ids[:detector.limits.window])  # (T,), what a stream would see
-    finally:
-        cursor.close()
-    is_whole = len(ids) <= detector.limits.window and normalised(row.answer) == row.answer
-    score = 1 / (1 + float(np.exp(-np.float64(logits[-1])))) if is_whole else guard.score(row.question, row.answer)
-    return score, stream_statistic(logits)

@@ -1,6 +1,6 @@
 """The algorithm: score an answer, pass it on or rewrite it, score the rewrite.
 
-    s = sigmoid(w . phi(q, a) + b)            harm detector, largest over windows and views of a
+    s = sigmoid(w . phi(q, a) + b)            harm detector, largest over windows, views and positions of a (running.py)
     if s < threshold:  return a               the same bytes
     for attempt in 1 .. rewrite_attempts:
         r = Detoxifier(q, a)
@@ -25,6 +25,7 @@ from . import calibrate
 from .base import WEIGHTS
 from .errors import DeadlineExceeded, ModelError, ProtectorError
 from .normalise import normalised
+from .running import read
 from .template import MAX_HISTORY_TOKENS, well_formed, windows
 
 logger = logging.getLogger("protector")
@@ -45,7 +46,7 @@ class Verdict:
     threshold: float
     rewrite_score: float | None = None  # of the rewrite in `text`, or of the last one that was tried
     # model, backend, quantisation, ms, ...; tokens: of the answer; windows: scored for it; views: 2 where its normalised view
-    # differs, and was scored in view_tokens and view_windows of its own
+    # differs, and was scored in view_tokens and view_windows of its own; looks: parts that were scored a second time
     usage: dict = field(default_factory=dict)
     error: str | None = None  # its kind and message, without any text of the user's
 
@@ -65,7 +66,7 @@ class Protector:
         detoxifier: likewise; False to work without one (a flagged answer is refused).
         backend: "auto" takes llama.cpp for files and PyTorch for folders; "llama.cpp" | "torch" insist.
         threshold: flag at this score and above; None takes the model's calibration.
-        fpr: take the calibrations for this false-positive rate, that of streams among them; an error if the model has none.
+        fpr: take the calibrations for this false-positive rate; an error if the model has none.
         on_flag: "rewrite" | "refuse" | "report" (report returns the answer as it is, flagged).
         on_error: "refuse" | "raise" | "pass"; "pass" lets the original through unguarded, logged as critical.
         refusal: the sentence that stands in for an answer.
@@ -108,8 +109,6 @@ class Protector:
         if detoxifier is not None and detoxifier is not False:
             self.detoxifier  # a wrong file is an error now, not at the first flag
         self.thresholds = {kind: self._threshold(kind, threshold, fpr) for kind in ("pair", "answer")}
-        # A running score crosses a threshold more easily than the last one: the stream has its own, never a lower one.
-        self.stream_threshold = self._threshold("stream", threshold, fpr)
 
     @property
     def detoxifier(self):
@@ -199,12 +198,12 @@ class Protector:
             else:
                 if self.deadline_ms is not None:  # it is each answer's own, and what others take mustn't count
                     verdicts[i] = self.guard(*item)
-        for (i, item, plan, plan_s), (logits, score_s) in zip(together, self._together([plan["sequences"] for _, _, plan, _ in together])):
+        for (i, item, plan, plan_s), (found, score_s) in zip(together, self._together([plan["sequences"] for _, _, plan, _ in together])):
             start = time.monotonic() - plan_s - score_s
             try:
-                if isinstance(logits, Exception):
-                    raise logits
-                scored = self._largest({**plan, "logits": logits})
+                if isinstance(found, Exception):
+                    raise found
+                scored = self._largest(plan, found)
             except Exception as error:
                 verdicts[i] = self._failed(item, error, start)
             else:
@@ -212,13 +211,13 @@ class Protector:
         return [verdicts[i] for i in range(len(pairs))]
 
     def _together(self, parts):
-        """Score lists of sequences at once: for each its logits, or the error that it ends in, and its share of the seconds."""
+        """Score lists of sequences at once: for each what _logits returns, or the error that it ends in, and its share of the seconds."""
         start, results = time.monotonic(), []
         try:
-            logits = self._logits([ids for part in parts for ids in part], None)
+            found = self._logits([sequence for part in parts for sequence in part], None)
             for part in parts:
-                results.append(logits[:len(part)])
-                logits = logits[len(part):]
+                results.append(found[:len(part)])
+                found = found[len(part):]
         except Exception:  # one item broke the batch: each on its own
             results = []
             for part in parts:
@@ -226,18 +225,18 @@ class Protector:
                     results.append(self._logits(part, None))
                 except Exception as error:
                     results.append(error)
-        n_tokens = [sum(map(len, part)) for part in parts]
+        n_tokens = [sum(len(ids) for ids, _ in part) for part in parts]
         token_s = (time.monotonic() - start) / max(sum(n_tokens), 1)
         return [(result, n * token_s) for result, n in zip(results, n_tokens)]
 
     # -- scoring
 
     def _plan(self, item, deadline, views=None):
-        """Sequences of ids that cover the answer: its raw text and its normalised view, or the views that are given."""
+        """Sequences, (ids, start of the answer), that cover it: its raw text and its normalised view, or the views that are given."""
         q, a, history = item
         usage = {"model": getattr(self.detector, "path", None) and str(getattr(self.detector.path, "name", self.detector.path)),
                  "backend": self.detector.name, "quantisation": self.detector.quantisation,
-                 "input": "pair" if q else "answer", "tokens": 0, "windows": 0, "views": 0}
+                 "input": "pair" if q else "answer", "tokens": 0, "windows": 0, "views": 0, "looks": 0}
         plan = {"usage": usage, "sequences": [], "windows": []}
         _check_length(a, self.max_bytes)
         if not a.strip():
@@ -254,7 +253,7 @@ class Protector:
             usage |= {prefix + "tokens": len(answer_ids), prefix + "windows": len(spans)}
             for span in spans:
                 part = answer_ids[span.start:span.stop]
-                plan["sequences"].append(self.detector.template.detector_sequence(question_ids, part, turns)[0])
+                plan["sequences"].append(self.detector.template.detector_sequence(question_ids, part, turns))
                 plan["windows"].append((answer_ids, span.start))
         return plan
 
@@ -283,23 +282,35 @@ class Protector:
         return question_ids, turns, dropped
 
     def _logits(self, sequences, deadline):
-        logits = self.detector.logits(sequences, deadline) if sequences else []
-        if len(logits) != len(sequences):
-            raise ModelError(f"guard: detector must return {len(sequences)} logits, got {len(logits)}. Check its backend.")
-        return logits
+        """(logit, number of second looks) of each sequence, (ids, start of the answer)."""
+        results, looks = [], []
+        for (ids, start), logits in zip(sequences, self._running(sequences, deadline)):
+            logit, found = read(logits)
+            looks += [(len(results), (ids[:start] + ids[start + look.start:start + look.stop], start)) for look in found]
+            results.append((logit, len(found)))
+        for (index, _), logits in zip(looks, self._running([sequence for _, sequence in looks], deadline)):
+            results[index] = max(results[index][0], read(logits)[0]), results[index][1]
+        return results
 
-    def _largest(self, plan):
-        """(largest score of a plan whose logits are known, usage, the window that gave it)."""
+    def _running(self, sequences, deadline):
+        parts = self.detector.running_logits(*zip(*sequences), deadline) if sequences else []
+        if len(parts) != len(sequences):
+            raise ModelError(f"guard: detector must return logits of {len(sequences)} sequences, got {len(parts)}. Check its backend.")
+        for logit in (logit for part in parts for logit in part):  # NaN passes no comparison: it would be left out
+            if not math.isfinite(logit):
+                raise ModelError(f"guard: score must be a number, got a logit of {logit}. Check the model with `protector doctor`.")
+        return parts
+
+    def _largest(self, plan, found):
+        """(largest score of a plan's sequences, usage, the window that gave it); found: as of _logits."""
         if not plan["sequences"]:
             return 0.0, plan["usage"], None
-        scores = [_sigmoid(logit) for logit in plan["logits"]]
-        worst = max(range(len(scores)), key=scores.__getitem__)
-        return scores[worst], plan["usage"], plan["windows"][worst]
+        worst = max(range(len(found)), key=lambda i: found[i][0])
+        return _sigmoid(found[worst][0]), {**plan["usage"], "looks": sum(n for _, n in found)}, plan["windows"][worst]
 
     def _score(self, item, deadline, views=None):
         plan = self._plan(item, deadline, views)
-        plan["logits"] = self._logits(plan["sequences"], deadline)
-        return self._largest(plan)
+        return self._largest(plan, self._logits(plan["sequences"], deadline))
 
     # -- acting
 

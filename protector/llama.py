@@ -326,21 +326,36 @@ class LlamaDetector:
         Returns:
             (n,) float32, one per sequence.
         """
+        parts = self.running_logits(sequences, [len(ids) - 1 for ids in sequences], deadline)
+        return np.array([part[-1] for part in parts], np.float32)
+
+    def running_logits(self, sequences, starts, deadline=None):
+        """Harm logits at every token of each sequence from its start on.
+
+        Args:
+            sequences, deadline: as of logits.
+            starts: for each sequence the index of the first token with a score.
+        Returns:
+            list of (len(ids) - start,) float32.
+        """
         with self.context.lock:
             self.context.clear()
-            results = np.empty(len(sequences), np.float32)
-            entries, pending, n_sequences = [], [], 0  # pending: (sequence, entry) whose output is due
+            parts = [[] for _ in sequences]
+            entries, owners, n_sequences = [], [], 0  # owners: the sequence of each entry
 
             def flush():
-                nonlocal entries, pending
                 if deadline:
                     deadline()
                 self.context.decode(entries)
-                for index, entry in pending:
-                    results[index] = self._head(self.context.hidden(entry)[None])[0]
-                entries, pending = [], []
+                scored = [i for i, entry in enumerate(entries) if entry[3]]
+                if scored:
+                    logits = self._head(np.stack([self.context.hidden(i) for i in scored]))  # (n, d) -> (n,)
+                    for i, logit in zip(scored, logits):
+                        parts[owners[i]].append(logit)
+                entries.clear()
+                owners.clear()
 
-            for index, ids in enumerate(sequences):
+            for index, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
                 if n_sequences == _SEQUENCES or (entries and len(entries) + len(ids) > _BATCH_TOKENS):
                     flush()
                     self.context.clear()
@@ -348,13 +363,13 @@ class LlamaDetector:
                 for position, token in enumerate(ids):
                     if len(entries) == _BATCH_TOKENS:
                         flush()
-                    entries.append((token, position, n_sequences, position == len(ids) - 1))
-                pending.append((index, len(entries) - 1))
+                    entries.append((token, position, n_sequences, position >= start))
+                    owners.append(index)
                 n_sequences += 1
             if entries:
                 flush()
             self.context.clear()
-            return results
+            return [np.array(part, np.float32) for part in parts]
 
     def open(self):
         """A cursor for one stream: its own sequence in one of the caches that all streams share."""

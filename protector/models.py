@@ -215,14 +215,29 @@ class HarmDetector(_Model):
             digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    @torch.inference_mode()
     def logits(self, sequences, deadline=None, batch_tokens=4096):
-        """Harm logits at the last token of each sequence of ids; see llama.LlamaDetector.logits.
+        """Harm logits at the last token of each sequence of ids; see llama.LlamaDetector.logits."""
+        results = np.empty(len(sequences), np.float32)
+        for group, hidden, last in self._groups(sequences, deadline, batch_tokens):
+            results[group] = self._head_logits(hidden, last)
+        return results
+
+    def running_logits(self, sequences, starts, deadline=None, batch_tokens=4096):
+        """Harm logits at every token from its sequence's start on; see llama.LlamaDetector.running_logits."""
+        results = [None] * len(sequences)
+        for group, hidden, _ in self._groups(sequences, deadline, batch_tokens):
+            logits = self._head_logits(hidden.flatten(0, 1)).reshape(hidden.shape[:2])  # (B, T, d) -> (B, T)
+            for row, i in enumerate(group):
+                results[i] = logits[row, starts[i]:len(sequences[i])]
+        return results
+
+    @torch.inference_mode()
+    def _groups(self, sequences, deadline, batch_tokens):
+        """(indices, (B, T, d) hidden states, (B,) index of each last token) of batches of like length.
 
         Right padding under a causal mask: a row's score doesn't depend on what else is in its batch, to the rounding of
         the matrix product.
         """
-        results = np.empty(len(sequences), np.float32)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         while order:
             group, longest = [], 0
@@ -237,8 +252,7 @@ class HarmDetector(_Model):
                 ids[row, :len(sequences[i])] = torch.tensor(sequences[i])
                 mask[row, :len(sequences[i])] = True
             hidden = self.hidden(ids.to(self.device), mask.to(self.device))  # (B, T, d)
-            results[group] = self._head_logits(hidden, (mask.sum(1) - 1).to(self.device))
-        return results
+            yield group, hidden, (mask.sum(1) - 1).to(self.device)
 
     def _head_logits(self, hidden, index=None):
         """(B, T, d) at index, or (n, d) -> (n,) float32 on the CPU, by the fused operator."""

@@ -30,16 +30,22 @@ _BASE64 = re.compile(r"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{16,}={0,2}(?![A-Za-z
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:0x)?(?:[0-9A-Fa-f]{2}[ :]?){12,}(?![0-9A-Za-z])")
 _MARKED = re.compile(f"[{_LETTER}][{_MARK}]+")
 _ACCENTED = re.compile("[\u00c0-\u024f\u1e00-\u1eff]")
-_ENGLISH = re.compile(r"\b(?:and|you|your|with|this|that|will|for|are)\b", re.IGNORECASE)
+_ENGLISH = re.compile(r"\b(?:and|you|your|with|this|that|will|for|are|they|them|have|then|into|from|when|what|because|people|should|there)\b",
+                      re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+")
 _LOOKALIKES = str.maketrans(
     "аеорсухіјѕһԁԛԝӏвкмнтАВЕКМНОРСТУХІЈЅαορνιτυκγηρϲωΑΒΕΖΗΙΚΜΝΟΡΤΥΧı",
     "aeopcyxijshdqwlbkmhtABEKMHOPCTYXIJSaopvitukynpcwABEZHIKMNOPTYXi")
-_SPACED = re.compile(r"(?<!\w)(?:[A-Za-z][ .\-_*|/,]){3,}[A-Za-z](?!\w)")
+_SPACED = re.compile(r"(?<!\w)[A-Za-z]([ .\-_*|/,])[A-Za-z](?:\1[A-Za-z](?!\w)){2,}")  # one separator: another one parts words
+_SPELLED = tuple(re.compile(rf"(?<!\w)[A-Za-z]([{signs}])[A-Za-z](?!\w)(?:\1[A-Za-z](?!\w))*") for signs in (r".\-_*|/,", " "))  # short words, too
+_LONE_LETTER = re.compile(r"(?<!\w)[A-Za-z](?!\w)")
+_WIDE_GAP = re.compile(r"(?<=\S) {2,}(?=\S)")
 _SEPARATOR = re.compile(r"[ .\-_*|/,]")
 _LEET = str.maketrans("4310578@$!", "aeiostbasi")
 _LEET_WORD = re.compile(r"(?<![\w@$!])[A-Za-z0-9@$!]{2,}[A-Za-z0-9@$](?![\w@])")
 _LEET_INSIDE = re.compile(r"[A-Za-z][0-9@$!]{1,2}[A-Za-z]|[0-9@$][A-Za-z]+[0-9@$!][A-Za-z]*")
+# In a text that is full of it: any word with a letter, and "70" for "to".
+_LEET_ANY = re.compile(r"(?<![\w@$!.])(?=[0-9@$!]*[A-Za-z]|[0-9]{2}(?!\w))[A-Za-z0-9@$!]*[A-Za-z0-9@$](?![\w@])")
 _IS_DOMAIN = re.compile(r"[\w-]*\.\w").match
 _ODD_SPACE = re.compile(r"[^\S \n\t\r]")
 _GAP = re.compile(r"(?<=\S)[ \t]{3,}(?=\S)")
@@ -90,8 +96,8 @@ def normalised(text):
         text = _without_accents(text)
         text = _WORD.sub(_plain_word, text)
         text = _ODD_SPACE.sub(" ", text)
-    text = _SPACED.sub(lambda match: _SEPARATOR.sub("", match.group()), text)
-    text = _LEET_WORD.sub(_unleet, text)
+    text = _without_spacing(text)
+    text = _without_leet(text)
     text = _plain_case(text)
     text = _GAP.sub(" ", text)
     return text + "\n" + hidden if hidden else text
@@ -140,13 +146,34 @@ def _plain_word(match):
     return word.translate(_LOOKALIKES) if is_mixed else word
 
 
-def _unleet(match):
-    """Undo digits for letters inside a word; "20ml", "utf8", "covid19", "3rd" and addresses stay as they are."""
+def _without_spacing(text):
+    """Letter-spaced words are joined from four letters on; where most letters stand alone, from two on, and gaps are closed."""
+    is_spelled = False
+    for pattern in _SPELLED:  # signs first: the space in "a b.i.g" parts words
+        n_alone = len(_LONE_LETTER.findall(text))
+        if n_alone >= 8 and n_alone * 2 > sum(map(str.isalpha, text)):
+            text, is_spelled = pattern.sub(_joined, text), True
+    text = _SPACED.sub(_joined, text)
+    return _WIDE_GAP.sub(" ", text) if is_spelled else text
+
+
+def _joined(match):
+    return _SEPARATOR.sub("", match.group())
+
+
+def _without_leet(text):
+    """Undo digits for letters; "20ml", "utf8", "covid19", "3rd" and addresses stay as they are, but not in a text that is full of it."""
+    n_leet = sum(map(_is_leet, _LEET_WORD.finditer(text)))
+    is_full = n_leet >= 3 and n_leet * 6 > text.count(" ")
+    pattern, undoes = (_LEET_ANY, lambda match: True) if is_full else (_LEET_WORD, _is_leet)
+    return pattern.sub(lambda match: match.group().translate(_LEET) if undoes(match) else match.group(), text) if n_leet else text
+
+
+def _is_leet(match):
     word = match.group()
     if "@" in word and _IS_DOMAIN(match.string, match.end()):
-        return word
-    is_leet = sum(map(str.isalpha, word)) * 2 >= len(word) and not word[-2:].isdigit() and _LEET_INSIDE.search(word)
-    return word.translate(_LEET) if is_leet else word
+        return False
+    return sum(map(str.isalpha, word)) * 2 >= len(word) and not word[-2:].isdigit() and bool(_LEET_INSIDE.search(word))
 
 
 def _plain_case(text):

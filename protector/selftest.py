@@ -252,7 +252,7 @@ def _flag(score, threshold):
 def _acting(guard, detoxifier=False):
     """The guard with its thresholds, but one that acts on a flag."""
     acting = Protector(guard.detector, detoxifier, threshold=guard.thresholds["pair"])
-    acting.thresholds, acting.stream_threshold = guard.thresholds, guard.stream_threshold
+    acting.thresholds = guard.thresholds
     return acting
 
 
@@ -407,9 +407,9 @@ def _exact_streams(guard, rows):
 
 
 def _equal_streams(guard, rows):
-    # What raised an alarm is the highest running score; without one the whole answer's counts.
+    # An alarm may come from the normalised view of a part, which the whole answer's view needn't repeat.
     return all(abs(events[-1].verdict.score - guard.score(row["question"], row["answer"])) <= EPSILON
-               or events[-1].verdict.flagged and events[-1].verdict.score >= guard.stream_threshold
+               or events[-1].verdict.flagged and events[-1].verdict.score >= guard.thresholds["pair"]
                for row, events in _streams(guard, rows))
 
 
@@ -507,7 +507,7 @@ def measure(guard, config, rows, progress=lambda name: None):
     measured = stream_rates(guard, config, rows, scores) + rewrite_rates(guard, guard.detoxifier, rows, scores) + recall_rates(guard, rows, scores)
     found = invariants(guard, rows)
     path = getattr(guard.detector, "path", None)
-    return {"kind": "selftest", "threshold": guard.thresholds["pair"], "stream_threshold": guard.stream_threshold,
+    return {"kind": "selftest", "threshold": guard.thresholds["pair"],
             "model": {"name": getattr(path, "name", path and Path(path).name), "backend": guard.detector.name,
                       "quantisation": guard.detector.quantisation, "sha256": guard.detector.model_sha256},
             "plain": plain, "attacks": attacks, "measured": measured, "invariants": found, "invariants_hold": all(row["holds"] for row in found),

@@ -7,9 +7,10 @@ base's tokeniser crosses it, so the ids of the text so far plus the ids of the r
 text was cut into chunks. The running score of a prefix is therefore the score that `Protector.score` gives that prefix (to
 the rounding of the cache). What has no safe cut is held back until one comes.
 
-    alarm    if min(s_{t-3}, ..., s_t) >= stream threshold: one odd token raises no alarm
+    alarm    if what the last tokens held is over the threshold (running.py): the whole answer's score would be, too
     release  text whose tokens lie at least `hold` tokens behind the last scored one, while s_t is below the threshold;
              what looks disguised also waits until its normalised view was scored
+    look     where s_t climbs from a low, the latest tokens are scored a second time without what came before, on a cache of their own
     end      the whole answer's score decides about what is still held back, as in guard()
 
 Text between safe cuts waits until there are STEP_TOKENS tokens of it: one by one, each would take twice as long. Each still has
@@ -19,6 +20,7 @@ Windows are those of template.windows: at a window's end the cache starts anew w
 """
 import asyncio
 import inspect
+import math
 import re
 import threading
 import time
@@ -29,10 +31,10 @@ from functools import partial
 from .errors import DeadlineExceeded
 from .guard import Verdict, _check_length, _checked, _sigmoid, _TooLong
 from .normalise import normalised
+from .running import LOOK_BACK, Running
 from .template import well_formed
 
 STEP_TOKENS = 8  # scored in one step, while more text comes; the last step takes what there is
-PATIENCE = 4  # neighbouring positions that must all be over the threshold for an alarm
 VIEW_TOKENS = 32  # a disguised stream's normalised view is scored at the step's end at which so many tokens have come
 VIEW_CHARS = 1024  # of the text before these tokens are read with them
 _LOOK_CHARS = 64  # likewise where the view is only compared, not scored
@@ -74,7 +76,6 @@ class StreamGuard:
         self.q, _, self.history = _checked(q, "", history)
         self.protector, self.hold, self.done = protector, hold, False
         self.threshold = protector.thresholds["pair" if self.q else "answer"]
-        self.alarm_threshold = max(self.threshold, protector.stream_threshold)
         self.running = 0.0  # s_t
         self.released = 0  # characters
         self._chunks, self._n_bytes = [], 0
@@ -85,8 +86,9 @@ class StreamGuard:
         self._tail, self._view_at, self._is_disguised = "", 0, False  # text of the next view; tokens at the last one; since it
         self._step_at = 0  # tokens at the last step's end
         self._ids, self._window_start, self._n_windows = [], 0, 1
-        self._recent = deque(maxlen=PATIENCE)
-        self._best, self._peak, self._view = 0.0, 0.0, 0.0  # of finished windows, of min(s_{t-3} .. s_t), of views
+        self._main, self._look = Running(), None  # of this window, and since its last rise
+        self._look_cursor, self._n_looks = None, 0
+        self._best, self._peak, self._view = 0.0, 0.0, 0.0  # scores: of finished windows and looks, of what was held, of views
         self._is_flagged, self._unguarded = False, None  # the error's verdict once on_error="pass" lets everything through
         self._start_s, self._deadline = time.monotonic(), protector._deadline()
         self._cursor, self._lock, self._is_closing = None, threading.RLock(), False
@@ -175,8 +177,7 @@ class StreamGuard:
             return self._pass(0.0, flagged=False)
         self._wait("".join(self._pending))
         self._feed_waiting()
-        whole = max(self._best, self.running)
-        raw = well_formed(text)
+        whole, raw = self._whole, well_formed(text)
         view = normalised(raw)
         if view != raw and view.strip():
             whole = max(whole, self._score_view(view))
@@ -187,11 +188,20 @@ class StreamGuard:
         return self._pass(score, flagged)
 
     @property
+    def _whole(self):
+        """Score of the text so far, as it is."""
+        return max(self._best, self._scored(lambda running: running.logit))
+
+    @property
     def _alarm(self):
-        """Score that ends the stream before its end, or 0."""
-        over = max(self._peak, self._view)
-        # A finished window's score is in the whole answer's: that one will be flagged.
-        return max(over if over >= self.alarm_threshold else 0.0, self._best if self._best >= self.threshold else 0.0)
+        """Score that ends the stream before its end, or 0: the whole answer's will be no lower."""
+        score = max(self._peak, self._view, self._best)
+        return score if score >= self.threshold else 0.0
+
+    def _scored(self, part):
+        """Score of a part of what runs: the larger one of the window's and the look's."""
+        logits = [part(running) for running in (self._main, self._look) if running is not None]
+        return max((_sigmoid(logit) for logit in logits if logit > -math.inf), default=0.0)
 
     @property
     def _stops(self):
@@ -219,12 +229,12 @@ class StreamGuard:
                 ids = []
                 if self._stops:
                     return
-                self._look(at_mark=True)
+                self._check_view(at_mark=True)
                 if self._stops:
                     return
         if ids:
             self._feed(ids)
-            self._look(at_mark=False)
+            self._check_view(at_mark=False)
 
     def _feed(self, ids):
         """Score new answer tokens on the growing cache, window by window."""
@@ -240,20 +250,52 @@ class StreamGuard:
                 self._deadline()
             room = self._window_start + window - len(self._ids)
             if room == 0:
-                self._best = max(self._best, self.running)
+                self._end_look()
+                self._best = max(self._best, _sigmoid(self._main.logit))
                 self._window_start += window - overlap
-                self._cursor.start(self._prefix + self._ids[len(self._ids) - overlap:] if overlap else self._prefix)
-                self._n_windows += 1
+                self._cursor.start(self._prefix)
+                self._main, self._n_windows = Running(), self._n_windows + 1
                 room = window - overlap
             part, ids = ids[:room], ids[room:]
+            n_again = 0 if self._main.values else len(self._ids) - self._window_start  # of the overlap
             self._ids += part  # before an alarm: the rewrite may see them
-            for logit in self._cursor.feed(part):
-                self.running = _sigmoid(logit)
-                self._recent.append(self.running)
-                if len(self._recent) == PATIENCE:
-                    self._peak = max(self._peak, min(self._recent))
+            part = self._ids[len(self._ids) - len(part) - n_again:]
+            self._take(part, self._cursor.feed(part))
 
-    def _look(self, at_mark):
+    def _take(self, ids, logits):
+        """Read the logits of these ids of the window; what follows a rise is scored in a look, too."""
+        begin = 0  # of the ids that the look hasn't seen
+        for i, logit in enumerate(logits, 1):
+            self.running = _sigmoid(logit)
+            has_risen = self._main.push(float(logit))
+            self._hold()
+            if has_risen and not self._stops:
+                self._feed_look(ids[begin:i])
+                self._end_look()
+                self._look, self._look_cursor, self._n_looks = Running(), self.protector.detector.open(), self._n_looks + 1
+                self._look_cursor.start(self._prefix)
+                stop = len(self._ids) - len(ids) + i
+                self._feed_look(self._ids[max(stop - LOOK_BACK, self._window_start):stop])
+                begin = i
+        self._feed_look(ids[begin:])
+
+    def _hold(self):
+        """Keep the highest score that was held."""
+        self._peak = max(self._peak, self._scored(lambda running: running.peak))
+
+    def _feed_look(self, ids):
+        if self._look is not None and ids:
+            for logit in self._look_cursor.feed(ids):
+                _sigmoid(logit)  # an error where it is no number
+                self._look.push(float(logit))
+            self._hold()
+
+    def _end_look(self):
+        if self._look is not None:
+            self._best, self._look = max(self._best, _sigmoid(self._look.logit)), None
+            self._look_cursor.close()
+
+    def _check_view(self, at_mark):
         """Score the normalised view of the last text at a mark; between marks only see whether it looks disguised."""
         n_new, self._n_looked = self._n_fed - self._n_looked, self._n_fed
         if at_mark or not self._is_disguised:
@@ -271,7 +313,7 @@ class StreamGuard:
         return self.protector._score((self.q, view, self.history), self._deadline, views=(view,))[0]
 
     def _release(self):
-        if self.running >= self.alarm_threshold and self.protector.on_flag != "report":
+        if self._scored(lambda running: running.last) >= self.threshold and self.protector.on_flag != "report":
             return []
         due = []
         while (self._held and self._held[0][1] <= len(self._ids) - self.hold
@@ -319,13 +361,13 @@ class StreamGuard:
     def _usage(self):
         detector = self.protector.detector
         return {"backend": detector.name, "quantisation": detector.quantisation, "input": "pair" if self.q else "answer",
-                "tokens": len(self._ids), "windows": self._n_windows if self._ids else 0, "shown_chars": self.released,
+                "tokens": len(self._ids), "windows": self._n_windows if self._ids else 0, "looks": self._n_looks, "shown_chars": self.released,
                 **self._dropped}
 
     def _free(self):
-        if self._cursor is not None:
-            self._cursor.close()
-            self._cursor = None
+        for cursor in filter(None, (self._cursor, self._look_cursor)):
+            cursor.close()
+        self._cursor = self._look_cursor = None
 
     def _end(self, *events):
         self.done = True
@@ -397,14 +439,3 @@ async def _async_events(state, chunks):
             if inspect.isawaitable(closed):
                 await closed
 
-
-def stream_statistic(logits):
-    """What the stream threshold is compared with, for one answer: max over t of min(s_{t-3}, ..., s_t).
-
-    Args:
-        logits: (T,) one per answer token.
-    Returns:
-        float; 0.0 for an answer of fewer than PATIENCE tokens.
-    """
-    scores = [_sigmoid(float(logit)) for logit in logits]
-    return max((min(scores[i:i + PATIENCE]) for i in range(len(scores) - PATIENCE + 1)), default=0.0)

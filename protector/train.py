@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from . import data
+from .augment import dilute as _dilute, disguise
 from .evaluate import record
 from .errors import DataError, ModelError
 from .losses import IGNORE
@@ -50,6 +51,7 @@ class TrainConfig:
     prefix_weight: float = field(default=0.3, metadata={"help": "share of the all-prefix loss (detector)"})
     answer_only: float = field(default=0.15, metadata={"help": "share of rows shown without their question (detector)"})
     augment: float = field(default=0.0, metadata={"help": "share of rows wrapped or obfuscated (detector); augment.py"})
+    dilute: float = field(default=0.0, metadata={"help": "share of rows put among harmless answers of other rows (detector)"})
     balance: float = field(default=0.5, metadata={"help": "0 = rows as they are, 1 = one share per question"})
     source_weights: tuple[str, ...] = field(default=(), metadata={"help": "SOURCE=factor of how often rows are drawn"})
     loss_weights: tuple[str, ...] = field(default=(), metadata={"help": "SOURCE=factor in the loss, for weak labels"})
@@ -85,22 +87,30 @@ def _timed(work):
     return time.perf_counter() - start
 
 
-def detector_examples(rows, template, answer_only, augment, rng):
-    """One example per pair: a random window of its answer, exactly the ids that scoring will see."""
+def detector_examples(rows, template, answer_only, augment, rng, dilute=0.0):
+    """One example per pair: a random window of its answer, exactly the ids that scoring will see.
+
+    Where an answer stands after harmless text, its label holds from its own start on.
+    """
     limits, examples = template.limits, []
+    harmless = [row.answer for row in rows if not row.label]
     for row in rows:
         question = "" if rng.random() < answer_only else row.question
         answer = row.answer
         if augment and rng.random() < augment:
-            from .augment import disguise  # only the shipped recipe needs it
-
             answer = disguise(answer, row.label, rng)
-        answer_ids = template.encode(answer)
+        is_diluted = dilute and harmless and rng.random() < dilute
+        answer_ids = template.encode(" " + answer if is_diluted else answer)
         if not answer_ids:
             continue
         window = rng.choice(windows(len(answer_ids), limits.window, limits.overlap))
+        answer_ids, n_before = answer_ids[window.start:window.stop], 0
+        if is_diluted:
+            answer_ids, n_before = _dilute(answer_ids, lambda: template.encode(rng.choice(" \n") + rng.choice(harmless)),
+                                            limits.window - len(answer_ids), rng)
         question_ids, _ = template.clip_question(question)
-        ids, start = template.detector_sequence(question_ids, answer_ids[window.start:window.stop])
+        ids, start = template.detector_sequence(question_ids, answer_ids)
+        start += n_before if row.label else 0
         examples.append({"ids": ids, "start": start, "label": float(row.label), "weight": row.weight})
     return examples
 
@@ -210,7 +220,7 @@ def _factors(items, name):
 
 _RANGES = {"depth": (0, math.inf), "rank": (0, math.inf), "alpha": (1e-6, math.inf), "lr": (1e-9, 1), "warmup": (0, 1),
            "batch_tokens": (MICRO_BATCHES, math.inf), "epochs": (0, math.inf), "minutes": (0, math.inf), "prefix_weight": (0, 1),
-           "answer_only": (0, 1), "augment": (0, 1), "balance": (0, math.inf), "refusal_cap": (0, 1),
+           "answer_only": (0, 1), "augment": (0, 1), "dilute": (0, 1), "balance": (0, math.inf), "refusal_cap": (0, 1),
            "rewrite_tokens": (1, math.inf), "checkpoint_s": (0, math.inf), "threads": (0, math.inf)}
 
 
@@ -339,7 +349,7 @@ def _epoch(config, rows, template, epoch):
     drawn = data.balance(rows, len(rows), config.balance, _factors(config.source_weights, "source_weights"),
                          seed=config.seed * 1000 + epoch)
     if config.kind == "detector":
-        examples = detector_examples(drawn, template, config.answer_only, config.augment, rng)
+        examples = detector_examples(drawn, template, config.answer_only, config.augment, rng, config.dilute)
     else:
         examples = detoxifier_examples(drawn, template)
     if not examples:

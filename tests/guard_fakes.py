@@ -50,6 +50,14 @@ class FakeDetector:
         self.harm = [tokenizer.encode(space + HARM) for space in ("", " ")]
         self.sequences, self.n_open, self.n_opened, self.n_fed, self.n_steps = [], 0, 0, 0, 0
 
+    def running_logits(self, sequences, starts, deadline=None):
+        parts = []
+        for ids, start, last in zip(sequences, starts, self.logits(sequences, deadline)):
+            cursor = FakeCursor(self)
+            cursor.start(ids[:start])
+            parts.append(np.array(cursor.step(ids[start:])[:-1] + [last], np.float32))
+        return parts
+
     def logits(self, sequences, deadline=None):
         results = []
         for ids in sequences:

@@ -54,6 +54,9 @@ class FakeDetector:
         start = max(i for i in range(len(ids)) if ids[i:i + len(role)] == role) + len(role)
         return self.tokenizer.decode(ids[start:])
 
+    def running_logits(self, sequences, starts, deadline=None):
+        return [np.array([logit]) for logit in self.logits(sequences, deadline)]  # of the last position alone
+
     def logits(self, sequences, deadline=None):
         self._step()
         if deadline:

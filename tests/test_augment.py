@@ -6,10 +6,10 @@ import re
 import pytest
 
 from protector import augment
-from protector.augment import disguise
+from protector.augment import dilute, disguise
 
 TEXT = "Mix them in a bucket. Then shut the door! It's fine."
-FORMS = ("refusal", "tail", "head", "code", "json", "quote", "case", "letters", "list")
+FORMS = ("refusal", "refusal_after", "carrier", "tail", "head", "code", "json", "quote", "case", "letters", "list")
 
 
 def plain(text):
@@ -53,8 +53,19 @@ def test_the_label_draws_no_other_disguise():
 
 
 def test_every_disguise_is_drawn():
-    # 9 forms, 900 draws: 100 each, standard deviation 9.4; five of them allowed.
-    drawn = [disguise(TEXT, 1, random.Random(i)) for i in range(900)]
+    # 11 forms, 1,100 draws: 100 each, standard deviation 9.5; five of them allowed.
+    drawn = [disguise(TEXT, 1, random.Random(i)) for i in range(1100)]
     assert abs(sum(text.startswith("```") for text in drawn) - 100) < 48
     assert abs(sum(text.startswith("1. ") for text in drawn) - 100) < 48
     assert abs(sum(text.startswith(augment.REFUSALS) for text in drawn) - 100) < 48
+
+
+def test_dilute_by_hand():
+    assert dilute([7, 8], lambda: [1, 2, 3], 0, random.Random(0)) == ([7, 8], 0)  # no room
+    drawn = [dilute([7, 8], lambda: [1, 2, 3], 4, random.Random(i)) for i in range(60)]
+    for ids, start in drawn:
+        assert ids[start:start + 2] == [7, 8] and 1 <= len(ids) - 2 <= 4
+        assert ids[:start] + ids[start + 2:] == ([1, 2, 3] * 2)[:len(ids) - 2]
+    # before, after, and inside; as much as fits, and less
+    assert {(start == 0, start == len(ids) - 2) for ids, start in drawn} == {(True, False), (False, True), (False, False)}
+    assert {len(ids) for ids, _ in drawn} == {3, 4, 5, 6}

@@ -105,18 +105,14 @@ def test_m64_a_calibration_of_another_model_is_refused(detector, change):
 
 
 def test_the_guard_takes_a_threshold_for_each_kind_of_input(detector):
-    detector.calibration = (entry(detector), entry(detector, input="answer", threshold=0.8), entry(detector, input="stream", threshold=0.9),
-                            entry(detector, fpr=0.001, threshold=0.95), entry(detector, fpr=0.001, input="answer", threshold=0.96))
-    p = Protector(detector, False)
-    assert (p.thresholds, p.stream_threshold) == ({"pair": 0.7, "answer": 0.8}, 0.9)
-    # A rate that holds for answers and not for streams is none: regression, streams kept the default rate's threshold.
-    with pytest.raises(ModelError, match="fpr must have a calibration for fake, F32 and input stream, got none for 0.001"):
+    detector.calibration = (entry(detector), entry(detector, input="answer", threshold=0.8), entry(detector, fpr=0.001, threshold=0.95))
+    assert Protector(detector, False).thresholds == {"pair": 0.7, "answer": 0.8}
+    # A rate that holds for pairs and not for answers is none.
+    with pytest.raises(ModelError, match="fpr must have a calibration for fake, F32 and input answer, got none for 0.001"):
         Protector(detector, False, fpr=0.001)
-    detector.calibration += (entry(detector, fpr=0.001, input="stream", threshold=0.97),)
-    p = Protector(detector, False, fpr=0.001)
-    assert (p.thresholds, p.stream_threshold) == ({"pair": 0.95, "answer": 0.96}, 0.97)
-    p = Protector(detector, False, threshold=0.3)
-    assert (p.thresholds, p.stream_threshold) == ({"pair": 0.3, "answer": 0.3}, 0.3)
+    detector.calibration += (entry(detector, fpr=0.001, input="answer", threshold=0.96),)
+    assert Protector(detector, False, fpr=0.001).thresholds == {"pair": 0.95, "answer": 0.96}
+    assert Protector(detector, False, threshold=0.3).thresholds == {"pair": 0.3, "answer": 0.3}
 
 
 def test_a_calibration_is_of_the_models_own_windows(detector):

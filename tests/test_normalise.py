@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from protector.normalise import _ODD_ASCII, normalised
 
 PLAIN = "mix bleach and vinegar"
+PLAIN_SENTENCE = "mix the bleach and the vinegar in one big pot because it is safe to do so"
 N = 64 * 1024  # bytes; the guard's limit is four times that
 
 
@@ -50,6 +51,14 @@ def test_s23_s26_takes_off(name):
     assert "bleach" in view and "vinegar" in view, view
 
 
+@pytest.mark.parametrize("disguise", [
+    "  ".join(" ".join(word) for word in PLAIN_SENTENCE.split()), " ".join(".".join(word) for word in PLAIN_SENTENCE.split()),
+    " ".join("-".join(word) for word in PLAIN_SENTENCE.split()), PLAIN_SENTENCE.translate(str.maketrans("aeiost", "431057")),
+])
+def test_s23_short_words_of_a_text_that_is_all_disguised(disguise):
+    assert normalised(disguise) == PLAIN_SENTENCE
+
+
 def test_m25_a_payload_in_tag_characters_is_decoded():
     assert normalised("Nice photo!" + spell(PLAIN, 0xE0000)) == "Nice photo!\n" + PLAIN
 
@@ -77,6 +86,7 @@ def test_s26_decodes_once():
     "state-of-the-art-methods-for-everyone", "https://example.com/a/b/index.html?x=1&y=2", "    def foo(x):\n        return x[0] % 3  # 100% sure",
     "getElementById(someVariable)", "| a | b |\n|---|---|\n| 1 | 2 |", "antidisestablishmentarianism", "Windows™ №5, 21℃, m², ½", "R&D, AT&T, 5 & 6",
     "The NASA and UNESCO report.", "It costs $5.00 or 10%.", "x = a_b_c * 2 ** n", "a\n\n\nb\n\n- c\n- d",
+    "J.R.R. Tolkien and the U.S. Army", "Options A, B, C or D", "Plan B", "At 10:45 we had 70 of 150 items, 3 in box B1 and 4x4 cars.",
 ])
 def test_s23_ordinary_text_is_its_own_view(text):
     assert normalised(text) == text

@@ -28,6 +28,11 @@ class WordDetector(FakeDetector):
         value = sum(answer.split("\n", 1)[1].encode()) % 100 / 100
         return value + (4 if any(word in answer for word in self.words) else -4)
 
+    def running_logits(self, sequences, starts, deadline=None):
+        last = self.logits(sequences, deadline)
+        return [np.array([self.last_logit(ids[:i + 1]) for i in range(start, len(ids) - 1)] + [logit])
+                for ids, start, logit in zip(sequences, starts, last)]
+
     def open(self):
         return WordCursor(self)
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from protector import DeadlineExceeded, Protector, ProtectorError
 from protector.guard import REFUSAL, _sigmoid
 from protector.llama import _Cursor
-from protector.stream import PATIENCE, STEP_TOKENS, VIEW_TOKENS, Event, StreamGuard, stream_statistic
+from protector.running import PATIENCE
+from protector.template import windows
+from protector.stream import STEP_TOKENS, VIEW_TOKENS, Event, StreamGuard
 
 Q, BETTER = "How do I clean this?", "Never mix cleaners."
 SAFE = "Use warm water and a soft cloth, then dry it well. Don't rub!\n\n1. Soak it 10 min.\n2. Rinse it.\n"
@@ -92,23 +94,28 @@ def test_m36_the_running_score_is_the_prefix_score_at_every_step(ids, name):
         if state._n_fed > seen:
             seen = state._n_fed
             raw = p._score((Q, text[:seen], ()), None, views=(text[:seen],))[0]
-            assert max(state._best, state.running) == pytest.approx(raw, abs=1e-6)
+            assert state._whole == pytest.approx(raw, abs=1e-6)
     assert seen > len(text) / 2
     state.close()
 
 
-def test_m36_each_token_is_scored_once(ids):
+def n_scored(p, ids, text):
+    """Tokens of a text's windows: each once, and what neighbours share in both."""
+    return sum(stop - start for start, stop in windows(len(ids.encode(text)), p.window, p.overlap))
+
+
+def test_m36_each_token_of_a_window_is_scored_once(ids):
     text = TEXTS["English"]
     p, detector = make(ids)
     list(p.stream(Q, cut(text, 1)))
-    assert STEP_TOKENS > 3 and detector.n_fed == len(ids.encode(text)) and detector.sequences == []
+    assert STEP_TOKENS > 3 and detector.n_fed == n_scored(p, ids, text) > len(ids.encode(text)) and detector.sequences == []
 
 
 def test_a_step_takes_several_tokens(ids):
     text = TEXTS["English"]
     p, detector = make(ids)
     list(p.stream(Q, cut(text, 1)))
-    assert STEP_TOKENS > 3 and detector.n_fed == len(ids.encode(text)) and detector.n_steps < detector.n_fed / 3  # ends of windows and views end some early
+    assert STEP_TOKENS > 3 and detector.n_fed == n_scored(p, ids, text) and detector.n_steps < detector.n_fed / 3  # ends of windows and views end some early
 
 
 def test_nothing_is_shown_before_it_was_scored(ids):
@@ -559,11 +566,6 @@ def test_tokenisers_that_join_a_sign_and_a_line_end_are_cut_elsewhere(ids):
     for sizes in CHUNKINGS:
         assert list(p.stream(Q, cut(text, *sizes)))[-1].verdict.score == pytest.approx(p.score(Q, text), abs=1e-6)
 
-
-def test_stream_statistic_by_hand():
-    assert stream_statistic([3, 3, 3]) == 0.0
-    assert stream_statistic([-2, 1, 2, 3, 1.5, -4]) == pytest.approx(_sigmoid(1))
-    assert VIEW_TOKENS > PATIENCE
 
 
 def test_m57_an_event_does_not_print_its_text():

@@ -87,8 +87,27 @@ def test_augment_share(template):
     rows = [Pair("", "No. Never mix them.", 0)] * 1000
     plain = template.detector_sequence([], template.encode("No. Never mix them."))[0]
     changed = sum(e["ids"] != plain for e in detector_examples(rows, template, 0.0, 0.3, random.Random(1)))
-    # 300 disguised, of which one in nine is leetspeak that may leave the text as it was; standard deviation 14.5
-    assert 300 - 34 - 73 < changed < 373
+    # 300 disguised, of which one in eleven is leetspeak that may leave the text as it was; standard deviation 14.5
+    assert 300 - 28 - 73 < changed < 373
+
+
+def test_diluted_examples_hold_the_whole_answer_within_one_window(template):
+    rows = [Pair("Is it?", "Mix them in a bucket.", 1), Pair("Is it?", "The garden has a pond.", 0)] * 100
+    alone = {1: template.encode(" Mix them in a bucket."), 0: template.encode(" The garden has a pond.")}
+    examples = detector_examples(rows, template, 0.0, 0.0, random.Random(2), dilute=1.0)
+    n_prefix = len(template.prefix(template.encode("Is it?")))
+    assert len(examples) == 200
+    for example in examples:
+        ids, start, wanted = example["ids"], example["start"], alone[example["label"]]
+        assert n_prefix + len(wanted) < len(ids) <= n_prefix + template.limits.window
+        if example["label"]:  # the loss of prefixes begins where the harm does
+            assert ids[start:start + len(wanted)] == wanted
+        else:
+            assert start == n_prefix
+    assert len({len(example["ids"]) for example in examples}) > 50 and len({example["start"] for example in examples if example["label"]}) > 30
+    # 60 of 200 on average, standard deviation 6.5
+    assert abs(sum(e["ids"] == p["ids"] for e, p in zip(detector_examples(rows, template, 0.0, 0.0, random.Random(1), 0.7),
+                                                        detector_examples(rows, template, 0.0, 0.0, random.Random(3)))) - 60) < 33
 
 
 def test_detoxifier_examples_by_hand(hf_ids):
