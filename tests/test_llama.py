@@ -179,6 +179,19 @@ def test_m36_a_stream_scores_what_the_whole_scores(llama_detector):
         assert len(got) == 250 and np.abs(np.array(got)[::10] - whole).max() < 1e-3
 
 
+def test_running_logits_are_those_of_every_prefix(llama_detector):
+    rng = random.Random(11)
+    sequences = [[rng.randrange(17, 49152) for _ in range(n)] for n in (300, 1, 290, 40, 700)]  # over a batch's end, and longer than one
+    starts = [290, 0, 0, 39, 510]
+    parts = llama_detector.running_logits(sequences, starts)
+    for ids, start, part in zip(sequences, starts, parts, strict=True):
+        prefixes = range(start, len(ids), 37)
+        expected = llama_detector.logits([ids[:i + 1] for i in prefixes])
+        assert part.shape == (len(ids) - start,) and part.dtype == np.float32
+        assert np.abs(part[::37] - expected).max() < 1e-3
+    assert llama_detector.running_logits([], []) == []
+
+
 def test_streams_share_a_cache_and_not_their_texts(llama_detector):
     rng = random.Random(5)
     texts = [[rng.randrange(17, 49152) for _ in range(30)] for _ in range(12)]  # more than there are places

@@ -91,6 +91,16 @@ def test_logits_are_those_of_forward_at_the_last_token(torch_detector):
             assert torch_detector(torch.tensor([ids]), mask)[0, -1].item() == pytest.approx(float(logit), abs=2e-5)
 
 
+def test_running_logits_are_those_of_forward(torch_detector):
+    sequences = sequences_of(torch_detector, MILD_PAIRS) + [[5]]
+    starts = [len(ids) // 2 for ids in sequences]
+    parts = torch_detector.running_logits(sequences, starts, batch_tokens=100)
+    with torch.no_grad():
+        for ids, start, part in zip(sequences, starts, parts, strict=True):
+            expected = torch_detector(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))[0, start:].numpy()
+            assert part.shape == expected.shape and np.abs(part - expected).max() < 2e-5
+
+
 def test_a_stream_scores_what_the_whole_scores(torch_detector):
     prefix, answer = sequences_of(torch_detector, MILD_PAIRS[:1])[0][:12], list(range(30, 90))
     expected = torch_detector.logits([prefix + answer[:i + 1] for i in range(len(answer))])
