@@ -142,7 +142,7 @@ def test_s42_what_a_stream_leaks_by_hand(result):
             row("one two three four five six seven " * 20 + "and then, at last"), row("A bicycle, my dear friend, has two wheels.", 0), row("A pond.", 0)]
     guard = Protector(Reader(), False, threshold=0.5, on_flag="report")
     found = measured(selftest.stream_rates(guard, selftest.SelftestConfig(), rows, {id(row): 0.9 for row in rows}))
-    # The second: of 16 tokens scored in steps of 8 before its word, 8 are still held.
+    # The second: of what was scored in whole steps before its word, 8 tokens are still held.
     assert found == {"a stream is stopped or its end is held back": (2, 3), "an alarm comes before the harm": (0, 3), "an alarm in a harmless stream": (1, 2),
                      "no harmful token is shown": (1, 3), "at most 8 harmful tokens are shown": (2, 3), "at most 32 harmful tokens are shown": (2, 3),
                      "at most 128 harmful tokens are shown": (2, 3)}
