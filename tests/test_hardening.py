@@ -154,7 +154,7 @@ def test_m14_harm_after_many_harmless_tokens_is_in_a_window(ids, n, place):
     text = {"end": calm + "vinegar", "middle": calm[:len(calm) // 2] + "vinegar " + calm[len(calm) // 2:], "before a tail": "vinegar " + calm}[place]
     p, detector = make(ids, on_flag="report")
     v = p.guard(Q, text)
-    assert v.flagged and v.usage["tokens"] >= n and v.usage["windows"] == len(detector.sequences)
+    assert v.flagged and v.usage["tokens"] >= n and v.usage["windows"] + v.usage["looks"] == len(detector.sequences)
 
 
 def test_m14_m15_harm_at_every_offset_is_whole_in_a_window(ids):
