@@ -158,4 +158,3 @@ def calibrate_file(config):
             {(e.quantisation, e.backend, e.fpr) for e in entries}]
     gguf.add_calibration(path, kept + calibrate.as_dicts(entries))
     return calibrate.as_dicts(entries)
-

@@ -296,9 +296,9 @@ class Protector:
         parts = self.detector.running_logits(*zip(*sequences), deadline) if sequences else []
         if len(parts) != len(sequences):
             raise ModelError(f"guard: detector must return logits of {len(sequences)} sequences, got {len(parts)}. Check its backend.")
-        for logit in (logit for part in parts for logit in part):  # NaN passes no comparison: it would be left out
-            if not math.isfinite(logit):
-                raise ModelError(f"guard: score must be a number, got a logit of {logit}. Check the model with `protector doctor`.")
+        for part in parts:
+            for logit in part:
+                _finite(logit)
         return parts
 
     def _largest(self, plan, found):
@@ -483,11 +483,17 @@ def _views(text):
     return (text, view) if view != text and view.strip() else (text,)
 
 
-def _sigmoid(logit):
-    """Score of a logit. Trap: NaN passes no comparison and infinity is no number of a sound model: both are errors."""
+def _finite(logit):
+    """The logit as a float. Trap: NaN passes no comparison and infinity is no number of a sound model: both are errors."""
     logit = float(logit)
     if not math.isfinite(logit):
         raise ModelError(f"guard: score must be a number, got a logit of {logit}. Check the model with `protector doctor`.")
+    return logit
+
+
+def _sigmoid(logit):
+    """Score of a logit."""
+    logit = _finite(logit)
     return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from .errors import DeadlineExceeded
-from .guard import Verdict, _check_length, _checked, _sigmoid, _TooLong
+from .guard import Verdict, _check_length, _checked, _finite, _sigmoid, _TooLong
 from .normalise import normalised
 from .running import LOOK_BACK, Running
 from .template import well_formed
@@ -88,7 +88,7 @@ class StreamGuard:
         self._ids, self._window_start, self._n_windows = [], 0, 1
         self._main, self._look = Running(), None  # of this window, and since its last rise
         self._look_cursor, self._n_looks = None, 0
-        self._best, self._peak, self._view = 0.0, 0.0, 0.0  # scores: of finished windows and looks, of what was held, of views
+        self._best, self._view = 0.0, 0.0  # scores: of finished windows and looks, of views
         self._is_flagged, self._unguarded = False, None  # the error's verdict once on_error="pass" lets everything through
         self._start_s, self._deadline = time.monotonic(), protector._deadline()
         self._cursor, self._lock, self._is_closing = None, threading.RLock(), False
@@ -195,7 +195,7 @@ class StreamGuard:
     @property
     def _alarm(self):
         """Score that ends the stream before its end, or 0: the whole answer's will be no lower."""
-        score = max(self._peak, self._view, self._best)
+        score = max(self._best, self._view, self._scored(lambda running: running.peak))
         return score if score >= self.threshold else 0.0
 
     def _scored(self, part):
@@ -267,9 +267,7 @@ class StreamGuard:
         begin = 0  # of the ids that the look hasn't seen
         for i, logit in enumerate(logits, 1):
             self.running = _sigmoid(logit)
-            has_risen = self._main.push(float(logit))
-            self._hold()
-            if has_risen and not self._stops:
+            if self._main.push(float(logit)) and not self._stops:
                 self._feed_look(ids[begin:i])
                 self._end_look()
                 self._look, self._look_cursor, self._n_looks = Running(), self.protector.detector.open(), self._n_looks + 1
@@ -279,16 +277,10 @@ class StreamGuard:
                 begin = i
         self._feed_look(ids[begin:])
 
-    def _hold(self):
-        """Keep the highest score that was held."""
-        self._peak = max(self._peak, self._scored(lambda running: running.peak))
-
     def _feed_look(self, ids):
         if self._look is not None and ids:
             for logit in self._look_cursor.feed(ids):
-                _sigmoid(logit)  # an error where it is no number
-                self._look.push(float(logit))
-            self._hold()
+                self._look.push(_finite(logit))
 
     def _end_look(self):
         if self._look is not None:
@@ -438,4 +430,3 @@ async def _async_events(state, chunks):
             closed = close() if close else None
             if inspect.isawaitable(closed):
                 await closed
-

@@ -126,3 +126,15 @@ def test_what_is_shown_waits_while_the_look_is_over_the_threshold(drowning):
     events = [event for chunk in (FILLER * 3 + "Take the vinegar and").split(" ") for event in state.push(chunk + " ")]
     assert HARM not in "".join(event.text for event in events)
     state.close()
+
+
+def test_what_the_stream_threshold_was_compared_with():
+    """The highest score that four neighbours held, in logits and less the margin; fewer hold nothing."""
+    def peak(logits):
+        running = Running()
+        for logit in logits:
+            running.push(logit)
+        return running.peak
+
+    assert peak([3, 3, 3]) == -np.inf
+    assert peak([-2, 1, 2, 3, 1.5, -4]) == 1 - MARGIN

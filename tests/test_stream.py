@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protector import DeadlineExceeded, Protector, ProtectorError
-from protector.guard import REFUSAL, _sigmoid
+from protector.guard import REFUSAL
 from protector.llama import _Cursor
 from protector.running import PATIENCE
 from protector.template import windows
@@ -605,3 +605,7 @@ def test_m36_on_llama_cpp(llama_detector):
     for sizes in ((7,), (10_000,)):
         v = list(p.stream(Q, cut(text, *sizes)))[-1].verdict
         assert v.score == pytest.approx(p.score(Q, text), abs=1e-3) and v.text == text
+
+
+def test_a_view_is_longer_than_what_an_alarm_needs():
+    assert VIEW_TOKENS > PATIENCE
