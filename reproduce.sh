@@ -5,6 +5,7 @@
 #   bash reproduce.sh test               the set-up, then the tests
 #   bash reproduce.sh STAGE ...          setup | data | train | export | guard | evaluate | bench
 #   DATA=folder bash reproduce.sh        the full data (train_pairs.jsonl.gz, train_triples.jsonl.gz, dev_pairs.jsonl.gz, ...)
+#   MOST=60 QUESTIONS=2 DATA=folder ...  evaluate on so many answers of a source and questions of a scenario; 0 = all, as with DATA alone
 #   RESULTS=results bash reproduce.sh    write the numbers where README.md takes its tables from
 #
 # Needs Python 3.10 or newer with venv, a C++ compiler and a Python package registry. A second run reuses what stands
@@ -102,9 +103,10 @@ evaluate() {
     say "evaluate"
     $PROTECTOR table --runs "$RUNS" --data "${DATA:-$RUNS/data}" --results "$RESULTS"
     say "evaluate: attacks before and after, utility, judge, rewrites; the page is $RUNS/report/index.html"
-    local benchmarks=()
+    local benchmarks=() most=60 questions=2
+    [ -z "$DATA" ] || most=0 questions=0  # the full sets, hours on a CPU; what was answered stays in the cache when it is interrupted
     [ -n "$DATA" ] && [ -d "$DATA/questions" ] && benchmarks=(--mm-safetybench "$DATA/questions/mm_safetybench" --figstep "$DATA/questions/figstep" --kinds text TYPO)
-    $PROTECTOR evaluate all --data "${DATA:-$RUNS/data}" --most "${MOST:-60}" --questions "${QUESTIONS:-2}" ${benchmarks[@]+"${benchmarks[@]}"} --out "$RESULTS" --report "$RUNS/report"
+    $PROTECTOR evaluate all --data "${DATA:-$RUNS/data}" --most "${MOST:-$most}" --questions "${QUESTIONS:-$questions}" ${benchmarks[@]+"${benchmarks[@]}"} --out "$RESULTS" --report "$RUNS/report"
 }
 
 # --- 7. bench: nothing else may run meanwhile; bench.json, bench_sweep.json, stream.json and head_*.json in $RESULTS

@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 
 from . import data, gguf
 from .base import WEIGHTS, base_path
+from .engine import llama_cpp
 from .errors import ModelError
 from .evaluate import record
 from .guard import Protector
@@ -449,7 +449,7 @@ options = {"n_threads": x["threads"]}
 guard = protector.Protector(x["detector"], x["detoxifier"] or False, detector_options=options, detoxifier_options=options if x["detoxifier"] else None)
 guard.guard(x["question"], x["answer"])""",
     "bare": """
-import llama_cpp
+from protector.engine import llama_cpp
 model = llama_cpp.Llama(x["file"], n_ctx=512, n_threads=x["threads"], n_threads_batch=x["threads"], verbose=False)
 model.eval(x["ids"])""",
     "transformers": """

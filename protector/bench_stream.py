@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 
 from .base import base_path
 from .bench import Bare, busy, described, in_turns, seconds
+from .engine import llama_cpp
 from .evaluate import record
 from .guard import Protector
 from .llama import _Weights, cpu_threads

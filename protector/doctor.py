@@ -35,7 +35,7 @@ def report(detector=None):
     except (ProtectorError, OSError) as error:
         yield "base model", str(error), False
         return
-    import llama_cpp
+    from .engine import llama_cpp
 
     yield "llama.cpp", f"GPU offload: {'yes' if llama_cpp.llama_supports_gpu_offload() else 'no, built for the CPU'}", True
     try:

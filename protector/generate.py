@@ -119,7 +119,7 @@ class LocalChat:
     """
 
     def __init__(self, path, n_threads=None):
-        import llama_cpp
+        from .engine import llama_cpp
 
         self.llama = llama_cpp.Llama(str(path), n_ctx=2048, n_threads=n_threads, verbose=False)
         self.model, self._lock = Path(path).stem, threading.Lock()

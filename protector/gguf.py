@@ -305,8 +305,7 @@ def _copy_model(reader, target, depth, merged=None, metadata=None, n_vocab=None,
 
 def _quantise(source, target, quantisation, identity=False):
     """llama.cpp's own quantiser; a source that is quantised already is allowed (the base ships as Q4_1)."""
-    import llama_cpp
-
+    from .engine import llama_cpp
     from .llama import cpu_threads, quiet
 
     quiet()

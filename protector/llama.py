@@ -18,11 +18,11 @@ import weakref
 from collections import deque
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 
 from . import gguf
 from .base import SHA256, base_path, cache_dir, file_sha256
+from .engine import llama_cpp
 from .errors import DeadlineExceeded, ModelError
 from .head import harm_score
 from .template import MAX_HISTORY_TOKENS, Template
@@ -41,7 +41,7 @@ import os, sys
 if os.name == "posix":
     import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-import llama_cpp
+from protector.engine import llama_cpp
 llama_cpp.llama_backend_init()
 options = llama_cpp.llama_model_default_params()
 options.n_gpu_layers = 0

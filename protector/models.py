@@ -197,13 +197,18 @@ class HarmDetector(_Model):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def hidden(self, ids, mask):
-        """(B, T) ids and mask -> (B, T, d) final-norm hidden states."""
-        return self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    @property
+    def blocks(self):
+        """What ids become hidden states in."""
+        return self.backbone
 
-    def forward(self, ids, mask):
-        """Logits of every position: (B, T) int64, (B, T) bool -> (B, T) float32."""
-        return self.head(self.hidden(ids, mask).to(self.head.weight.dtype)).squeeze(-1).float()  # (B, T, d) -> (B, T)
+    def hidden(self, ids):
+        """(B, T) ids -> (B, T, d) final-norm hidden states. Rows are padded on the right, where a causal mask hides it from every token before."""
+        return self.blocks(input_ids=ids, use_cache=False).last_hidden_state
+
+    def forward(self, ids):
+        """Logits of every position: (B, T) int64 -> (B, T) float32."""
+        return self.head(self.hidden(ids).to(self.head.weight.dtype)).squeeze(-1).float()  # (B, T, d) -> (B, T)
 
     @property
     def model_sha256(self):
@@ -251,7 +256,7 @@ class HarmDetector(_Model):
             for row, i in enumerate(group):
                 ids[row, :len(sequences[i])] = torch.tensor(sequences[i])
                 mask[row, :len(sequences[i])] = True
-            hidden = self.hidden(ids.to(self.device), mask.to(self.device))  # (B, T, d)
+            hidden = self.hidden(ids.to(self.device))  # (B, T, d)
             yield group, hidden, (mask.sum(1) - 1).to(self.device)
 
     def _head_logits(self, hidden, index=None):
@@ -265,7 +270,7 @@ class HarmDetector(_Model):
 
     def loss(self, batch, prefix_weight):
         """(1 - lambda) L_harm at the last token + lambda L_harm over all prefixes; see losses.py."""
-        logits = self(batch["ids"], batch["mask"])
+        logits = self(batch["ids"])
         last = logits.gather(1, batch["last"][:, None]).squeeze(1)  # (B, T) -> (B,)
         loss = harm_loss(last, batch["labels"], batch["weights"])
         if prefix_weight:
@@ -315,12 +320,20 @@ class ResponseDetoxifier(_Model):
         self.template = Template(self.tokenizer, config.limits)
         self.lm = _with_lora(lm, config)
 
+    @property
+    def _causal(self):
+        return self.lm.get_base_model() if self.config.rank else self.lm
+
+    @property
+    def blocks(self):
+        """What ids become hidden states in."""
+        return self._causal.base_model
+
     def loss(self, batch, prefix_weight=0.0):
         """L_detox. The vocabulary is projected only where there is a target: it costs as much as eight blocks."""
-        causal = self.lm.get_base_model() if self.config.rank else self.lm
-        hidden = causal.base_model(input_ids=batch["ids"], attention_mask=batch["mask"], use_cache=False).last_hidden_state
+        hidden = self.blocks(input_ids=batch["ids"], use_cache=False).last_hidden_state  # (B, T, d), padded on the right
         has_target = batch["targets"] != IGNORE  # (B, T)
-        logits = causal.lm_head(hidden[has_target])  # (B, T, d) -> (M, V)
+        logits = self._causal.lm_head(hidden[has_target])  # (B, T, d) -> (M, V)
         return detox_loss(logits[None], batch["targets"][has_target][None])
 
     @torch.inference_mode()

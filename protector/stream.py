@@ -34,7 +34,7 @@ from .normalise import normalised
 from .running import LOOK_BACK, Running
 from .template import well_formed
 
-STEP_TOKENS = 10  # scored in one step, while more text comes; the last step takes what there is
+STEP_TOKENS = 9  # scored in one step, while more text comes; the last step takes what there is
 VIEW_TOKENS = 32  # a disguised stream's normalised view is scored at the step's end at which so many tokens have come
 VIEW_CHARS = 1024  # of the text before these tokens are read with them
 _LOOK_CHARS = 64  # likewise where the view is only compared, not scored

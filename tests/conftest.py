@@ -5,6 +5,7 @@ Both are written by this file's own code (q and k rows reordered one by one, tok
 """
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,6 +183,8 @@ def write_gguf(path, state, vocabulary):
     writer.close()
 
 
+# llama-cpp-python's own server; by way of protector.engine because on some machines it crashes without
+LLAMA_SERVER = [sys.executable, "-c", "import runpy, protector.engine; runpy.run_module('llama_cpp.server', run_name='__main__', alter_sys=True)"]
 MILD_PAIRS = (  # (question, answer); the tiny model knows nothing of any language, so their labels come from its scores
     ("Is it safe to mix bleach and vinegar?", "Yes, mix them in a closed bathroom."),
     ("Is it safe to mix bleach and vinegar?", "No, they give off chlorine gas. Rinse well in between."),

@@ -8,6 +8,7 @@ import time
 import urllib.request
 
 import pytest
+from conftest import LLAMA_SERVER
 
 from protector import data, generate
 from protector.evaluate.endpoint import Endpoint, EndpointError
@@ -134,7 +135,7 @@ def test_against_a_real_server(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "llama_cpp.server", "--model", str(base_path()), "--host", "127.0.0.1", "--port", str(port), "--n_ctx", "1024",
+    server = subprocess.Popen([*LLAMA_SERVER, "--model", str(base_path()), "--host", "127.0.0.1", "--port", str(port), "--n_ctx", "1024",
                                "--n_threads", "1", "--n_threads_batch", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):

@@ -254,7 +254,7 @@ def test_m52_out_of_memory_on_a_gpu_is_the_policys_and_no_second_try_on_the_cpu(
 
     calls = []
 
-    def full(ids, mask):
+    def full(ids):
         calls.append(ids.device)
         raise torch.OutOfMemoryError(f"CUDA out of memory while scoring {SAFE}")
 

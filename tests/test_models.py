@@ -29,8 +29,8 @@ def test_detector_is_the_backbone_with_one_output(tiny, full_lm):
     ids = torch.tensor([[5, 900, 17, 40000, 33]])
     with torch.no_grad():
         expected = full_lm.model(ids).last_hidden_state
-        assert torch.equal(detector.hidden(ids, torch.ones_like(ids, dtype=torch.bool)), expected)
-        assert (detector(ids, torch.ones_like(ids, dtype=torch.bool)) == 0).all()
+        assert torch.equal(detector.hidden(ids), expected)
+        assert (detector(ids) == 0).all()
     assert detector.head.weight.shape == (1, D) and detector.config.depth == BLOCKS
 
 
@@ -41,7 +41,7 @@ def test_a_shorter_detector_is_the_first_blocks_and_the_final_norm(tiny, full_lm
     with torch.no_grad():
         # hidden_states[2] is what enters block 2: the norm of it is what a model of two blocks returns
         expected = full_lm.model.norm(full_lm.model(ids, output_hidden_states=True).hidden_states[2])
-        assert torch.allclose(detector.hidden(ids, torch.ones_like(ids, dtype=torch.bool)), expected, atol=1e-6)
+        assert torch.allclose(detector.hidden(ids), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("depth", [-1, BLOCKS + 1])
@@ -87,8 +87,7 @@ def test_logits_are_those_of_forward_at_the_last_token(torch_detector):
     sequences = sequences_of(torch_detector, MILD_PAIRS)
     with torch.no_grad():
         for ids, logit in zip(sequences, torch_detector.logits(sequences)):
-            mask = torch.ones(1, len(ids), dtype=torch.bool)
-            assert torch_detector(torch.tensor([ids]), mask)[0, -1].item() == pytest.approx(float(logit), abs=2e-5)
+            assert torch_detector(torch.tensor([ids]))[0, -1].item() == pytest.approx(float(logit), abs=2e-5)
 
 
 def test_running_logits_are_those_of_forward(torch_detector):

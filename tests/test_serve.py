@@ -16,6 +16,7 @@ for package in ("starlette", "uvicorn", "httpx"):
     pytest.importorskip(package, reason=f"needs the package {package} (extra serve)")
 
 import httpx
+from conftest import LLAMA_SERVER
 from serve_fakes import DONE, MARKER, FakeDetector, FakeDetoxifier, FakeUpstream, chunk, completion, serving, spoken, until
 
 from protector.errors import ModelError
@@ -689,7 +690,7 @@ def llama_server():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "llama_cpp.server", "--model", str(base_path()), "--host", "127.0.0.1", "--port", str(port),
+        [*LLAMA_SERVER, "--model", str(base_path()), "--host", "127.0.0.1", "--port", str(port),
          "--n_ctx", "512", "--n_threads", "1", "--model_alias", "base"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         def is_up():

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -257,6 +258,15 @@ def test_full_fine_tuning(tiny, rows, tmp_path):
     again = models.load(tmp_path, device="cpu")
     assert all(torch.equal(value, again.trained()[name]) for name, value in model.trained().items())
     assert not any("embed" in name for name in model.trained())
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["detector", "detoxifier"])
+def test_compiled_training_is_the_same_run(tiny, rows, tmp_path, kind):
+    # 168 tokens: groups of one row, which are run twice
+    for name in ("eager", "compiled"):
+        train.train(config_of(tiny, rows, tmp_path / name, kind, batch_tokens=168, epochs=0.5, compile=name == "compiled"), progress=False)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-4) and len(losses(tmp_path / "eager")) > 2
 
 
 def test_epochs_of_different_length(tiny, rows, tmp_path, monkeypatch):

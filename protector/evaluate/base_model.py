@@ -7,7 +7,7 @@ import numpy as np
 
 from .. import llama
 from ..base import base_path
-from ..llama import llama_cpp
+from ..engine import llama_cpp
 from ..template import Limits, Template
 
 _CONTEXT_TOKENS = 2048

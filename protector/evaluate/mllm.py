@@ -69,7 +69,7 @@ class LlamaVisionClient:
     """
 
     def __init__(self, model, mmproj, max_tokens=MAX_TOKENS, n_threads=None):
-        import llama_cpp
+        from ..engine import llama_cpp
         from llama_cpp.llama_chat_format import MTMDChatHandler
 
         for path in (model, mmproj):
