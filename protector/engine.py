@@ -34,16 +34,15 @@ with _waits():
     import llama_cpp
 
 
-def _without_amx(default_params):
-    def params():
-        options = default_params()
+_default_params = llama_cpp.llama_cpp.llama_model_default_params
+
+
+def _params_without_amx():
+    options = _default_params()
+    if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
         options.use_extra_bufts = False
-        return options
-
-    return params
+    return options
 
 
-if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
-    # In the module, where the package's own classes look it up, and in the package.
-    llama_cpp.llama_cpp.llama_model_default_params = _without_amx(llama_cpp.llama_cpp.llama_model_default_params)
-    llama_cpp.llama_model_default_params = llama_cpp.llama_cpp.llama_model_default_params
+# In the module, where the package's own classes look it up, and in the package.
+llama_cpp.llama_cpp.llama_model_default_params = llama_cpp.llama_model_default_params = _params_without_amx

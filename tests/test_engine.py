@@ -48,8 +48,8 @@ def test_the_package_imports_llama_cpp_there_and_nowhere_else():
 def test_no_model_gets_amx_weights(has_amx):
     code = f"""
 import llama_cpp
-llama_cpp.llama_print_system_info = lambda: b"AVX2 = 1 | AMX_INT8 = {int(has_amx)} | "
 theirs = llama_cpp.llama_cpp.llama_model_default_params()
+llama_cpp.llama_print_system_info = lambda: b"AVX2 = 1 | AMX_INT8 = {int(has_amx)} | "
 from protector.engine import llama_cpp
 for module in (llama_cpp, llama_cpp.llama_cpp, llama_cpp.llama.llama_cpp, llama_cpp._internals.llama_cpp):
     assert theirs.use_extra_bufts and module.llama_model_default_params().use_extra_bufts == {not has_amx}

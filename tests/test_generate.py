@@ -3,7 +3,6 @@ import importlib.util
 import json
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 

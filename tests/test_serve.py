@@ -5,7 +5,6 @@ import json
 import logging
 import socket
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,6 +1,7 @@
 """The measured tables of README.md, the model card and docs/: each stands between two marks and is drawn from one file.
 
     <!-- from results/table.json -->                  a result, by RENDERERS
+    <!-- from results/bench.json#cost -->             a part of it, likewise
     <!-- from protector/weights/detector.gguf -->     its thresholds
     <!-- end -->
 
@@ -31,12 +32,13 @@ def fill(text):
 
 
 def draw(name):
-    """One block's contents; `name` is a path from the project's root."""
+    """One block's contents; `name` is a path from the project's root, with the part of the result that is drawn."""
+    name, mark, part = name.partition("#")
     path = ROOT / name
     if path.suffix == ".gguf":
         return _thresholds(path)
     result = json.loads(path.read_text())
-    return RENDERERS.get(path.stem, _report())(result)
+    return RENDERERS.get(path.stem + mark + part, _report())(result)
 
 
 def _grid(head, rows, *notes):
@@ -100,6 +102,20 @@ def _ray(result):
     return _grid(["guard_files", "rows/s", "ray over it"], rows, f"{result['rows']} rows, {result['workers']} actors. {_machine(result)}{busy}")
 
 
+def _cost(result):
+    """What a million answers cost, by the share that is flagged."""
+    rewrite_tokens, guarding, compared = 40, result["guarding"], result["compared"]
+    score_s = guarding["guard_s"]["median"]
+    rewrite_s = (compared["first rewritten token"]["values"]["guard"]["median"] / 1e3 + rewrite_tokens / compared["rewriting, token by token"]["values"]["guard"]["median"]
+                 + score_s * rewrite_tokens / guarding["answer_tokens"])
+    rows = []
+    for flagged in (0, 0.01, 0.1, 1):
+        core_s = (score_s + flagged * rewrite_s) * result["threads"]
+        rows.append([f"{100 * flagged:g} %", f"{core_s / result['threads'] * 1e3:.0f}", f"{core_s * 1e6 / 3600:,.0f}", f"{core_s * 1e9 / 86400:,.0f}"])
+    return _grid(["flagged", "ms an answer", "core hours a million answers", "cores for a billion a day"], rows,
+                 f"Answers of {guarding['answer_tokens']} tokens, {result['threads']} threads; a flagged one is rewritten once in {rewrite_tokens} tokens, and the rewrite scored. {_machine(result)}")
+
+
 def _head(result):
     cells = {name: cell for name, cell in result["on_cpu"].items() if name != "targets"}
     rows = [[name, *(f"{cell['us'][way]:.1f}" if way in cell["us"] else "–" for way in ("twin", "harm_score_torch", "harm_score_numpy")),
@@ -118,7 +134,7 @@ def _report(*chosen):
     return render
 
 
-RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "stream": _stream, "ray": _ray, "head_cpu": _head,
+RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost,
              "bench": bench.markdown, "bench_sweep": bench.sweep_markdown, "detectors": _report(0, 1), "replay": _report(0), "utility": _report(0)}
 
 
