@@ -39,6 +39,15 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class AverageConfig:
+    """One model of several that were trained one from another."""
+
+    models: tuple[str, ...] = field(metadata={"help": "folders that `protector train` wrote, each started from an earlier one"})
+    weights: tuple[float, ...] = option((), "share of each; equal ones if empty")
+    out: str = option("runs/average", "folder to write")
+
+
+@dataclass(frozen=True)
 class TemperatureConfig:
     """The temperature with which a score of 0.8 means about 80 %."""
 
@@ -175,6 +184,13 @@ def run_export(config):
     return PASS
 
 
+def run_average(config):
+    from . import export
+
+    print(json.dumps(export.average(config.models, config.weights, config.out)))
+    return PASS
+
+
 def run_calibrate(config):
     from . import export
 
@@ -210,6 +226,7 @@ def _commands():
         "stream": (GuardConfig, run_stream, "guard one answer from stdin while it comes"),
         "split": (SplitConfig, run_split, "split labelled answers by question"),
         "export": (ExportConfig, run_export, "write a trained model as GGUF or for Hugging Face"),
+        "average": (AverageConfig, run_average, "average trained weights that come from one another"),
         "temperature": (TemperatureConfig, run_temperature, "fit the temperature of a detector's scores"),
         "calibrate": (CalibrateConfig, run_calibrate, "set the threshold for a false-positive rate"),
         "doctor": (DoctorConfig, run_doctor, "say what is installed and whether it works"),

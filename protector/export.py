@@ -55,6 +55,34 @@ def fit_temperature(config):
     return {"temperature": round(temperature, 4), "rows": len(rows), "rows_sha256": data.fingerprint(rows)}
 
 
+def average(folders, weights, out):
+    """Average trained weights that come from one another, tensor by tensor, and write them as `protector train` does.
+
+    Args:
+        folders: two or more that `protector train` wrote; later ones started from the first (--init), or their LoRA factors don't match.
+        weights: one share for each, summing to 1; none for equal ones.
+        out: folder to write.
+    Returns:
+        dict with out, and the share of each folder.
+    Raises:
+        ValueError: shares that don't fit. ModelError: folders of different shapes.
+    Source: Wortsman et al., Model soups, 2022.
+    """
+    from . import models
+
+    weights = list(weights) or [1 / len(folders)] * len(folders)
+    if len(folders) < 2 or len(weights) != len(folders) or not abs(sum(weights) - 1) < 1e-6:  # NaN fails too
+        raise ValueError(f"average: weights must be one for each of two or more folders and sum to 1, got {len(folders)} folders and {weights}.")
+    parts = [models.load(folder, "cpu") for folder in folders]
+    mean, others = parts[0].trained(), [part.trained() for part in parts[1:]]
+    if any({name: value.shape for name, value in part.items()} != {name: value.shape for name, value in mean.items()} for part in others):
+        raise ModelError("average: folders must hold models of one kind, depth and rank, got different tensors.")
+    for name, value in mean.items():
+        value.data = weights[0] * value.data + sum(weight * part[name].data for weight, part in zip(weights[1:], others))
+    parts[0].save(out)
+    return {"out": str(out), "of": dict(zip(map(str, folders), weights))}
+
+
 def export(model, out, format="adapter", quantisation="Q8_0", base=None, temperature=1.0):
     """Write a trained folder as GGUF, or as a plain Hugging Face checkpoint.
 

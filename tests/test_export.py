@@ -64,3 +64,30 @@ def test_hf_detoxifier_is_a_causal_lm_that_writes_the_same(torch_detoxifier, tmp
 def test_unknown_format_names_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"^export: format must be adapter, merged or hf, got onnx\."):
         export.export(tmp_path, tmp_path / "out", format="onnx")
+
+
+def test_average_is_the_weighted_mean_of_every_trained_tensor(torch_detector, torch_detoxifier, tmp_path, capsys):
+    from protector import models
+    from protector.__main__ import main
+    from protector.errors import ModelError
+
+    torch_detector.save(tmp_path / "a")
+    first = {name: value.detach().clone() for name, value in torch_detector.trained().items()}
+    with torch.no_grad():
+        for value in torch_detector.trained().values():
+            value.add_(1.0)
+    torch_detector.save(tmp_path / "b")
+    with torch.no_grad():
+        for name, value in torch_detector.trained().items():
+            value.copy_(first[name])
+    assert main(["average", str(tmp_path / "a"), str(tmp_path / "b"), "--weights", "0.25", "0.75", "--out", str(tmp_path / "c")]) == 0
+    found = models.load(tmp_path / "c").trained()
+    assert found.keys() == first.keys() and all(torch.allclose(value, first[name] + 0.75, atol=1e-6) for name, value in found.items())
+    assert export.average([tmp_path / "a"] * 4, [], tmp_path / "d")["of"] and all(
+        torch.equal(value, first[name]) for name, value in models.load(tmp_path / "d").trained().items())
+    for weights in (["0.5"], ["0.5", "0.6"], ["nan", "0.5"]):
+        assert main(["average", str(tmp_path / "a"), str(tmp_path / "b"), "--weights", *weights, "--out", str(tmp_path / "e")]) == 2
+    torch_detoxifier.save(tmp_path / "other")
+    with pytest.raises(ModelError, match="one kind, depth and rank"):
+        export.average([tmp_path / "a", tmp_path / "other"], [], tmp_path / "e")
+    assert not (tmp_path / "e").exists()

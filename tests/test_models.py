@@ -96,7 +96,7 @@ def test_running_logits_are_those_of_forward(torch_detector):
     parts = torch_detector.running_logits(sequences, starts, batch_tokens=100)
     with torch.no_grad():
         for ids, start, part in zip(sequences, starts, parts, strict=True):
-            expected = torch_detector(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))[0, start:].numpy()
+            expected = torch_detector(torch.tensor([ids]))[0, start:].numpy()
             assert part.shape == expected.shape and np.abs(part - expected).max() < 2e-5
 
 
@@ -131,7 +131,7 @@ def test_detector_loss_is_the_two_losses(torch_detector):
         expected = harm_loss(torch.tensor(torch_detector.logits(sequences_of(torch_detector, MILD_PAIRS))), labels, weights)
         assert last.item() == pytest.approx(expected.item(), abs=2e-5)
         # every position of one answer by hand: row by row, unpadded
-        rows_logits = [torch_detector(torch.tensor([e["ids"]]), torch.ones(1, len(e["ids"]), dtype=torch.bool)) for e in examples]
+        rows_logits = [torch_detector(torch.tensor([e["ids"]])) for e in examples]
         prefix = sum(w * prefix_harm_loss(z, y[None], torch.arange(z.shape[1])[None] >= e["start"])
                      for w, z, y, e in zip(weights, rows_logits, labels, examples)) / weights.sum()
         assert whole.item() == pytest.approx(0.7 * last.item() + 0.3 * prefix.item(), abs=2e-5)
