@@ -109,7 +109,7 @@ evaluate() {
     $PROTECTOR evaluate all --data "${DATA:-$RUNS/data}" --most "${MOST:-$most}" --questions "${QUESTIONS:-$questions}" ${benchmarks[@]+"${benchmarks[@]}"} --out "$RESULTS" --report "$RUNS/report"
 }
 
-# --- 7. bench: nothing else may run meanwhile; bench.json, bench_sweep.json, stream.json and head_*.json in $RESULTS
+# --- 7. bench: nothing else may run meanwhile; bench.json, bench_sweep.json, stream.json, head_*.json and ray.json in $RESULTS
 bench() {
     say "bench: detector, rewrites, guard, memory and training beside llama.cpp bare and transformers"
     $PROTECTOR bench --out "$RESULTS/bench.json"
@@ -119,6 +119,10 @@ bench() {
     "$VENV/bin/python" -m protector.bench_stream --out "$RESULTS/stream.json"
     say "bench: the fused head on this machine"
     "$VENV/bin/python" -m protector.bench_head --out "$RESULTS"
+    if "$VENV/bin/python" -c "import ray" 2>/dev/null; then
+        say "bench: Ray"
+        "$VENV/bin/python" -m protector.bench_ray --out "$RESULTS/ray.json"
+    fi
 }
 
 tests() {
