@@ -22,13 +22,14 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import DataError
 
 MAX_TEXT_BYTES = 1 << 20  # a training text above this is a broken row, not an answer
 CORPUS = Path(__file__).parent / "corpus"
+REPLIES = Path(__file__).parent / "replies.jsonl"  # accepted answers of this project to questions of public sets, by their digest
 _PYRIT_CSVS = "datasets/scorer_evals/harm/"
 
 
@@ -107,6 +108,44 @@ def triples_of(pairs, most_per_question=2, seed=0):
                 good, bad = rng.choice(harmless), rng.choice(harmful)
                 triples.append(Triple(bad.question, good.answer, bad.answer, bad.source))
     return triples
+
+
+def replies(path=REPLIES):
+    """{digest of a question: accepted answers}: the questions are other people's data, what is answered to them is this project's."""
+    return {row["question_sha256"]: row["accepted"] for _, row in _jsonl_rows(str(path))}
+
+
+def replied(triples, found):
+    """The triples with replies in place of their accepted answers, where their question has some: each in its turn.
+
+    Jailbreak sets have a stock refusal there, or nothing at all that suits the question.
+
+    Args:
+        triples: list of Triple. found: what replies() gives.
+    Returns:
+        list of Triple of the same length.
+    Example:
+        replied([Triple("Q?", "Sorry.", "Do it.")], {question_digest("Q?"): ["Q hurts."]})[0].accepted  # "Q hurts."
+    """
+    turns, changed = Counter(), []
+    for triple in triples:
+        digest = question_digest(triple.question)
+        if digest in found:
+            triple = replace(triple, accepted=found[digest][turns[digest] % len(found[digest])])
+            turns[digest] += 1
+        changed.append(triple)
+    return changed
+
+
+def pairs_with_replies(pairs, found):
+    """A harmless pair for each reply to a question that the pairs hold."""
+    questions = {question_digest(pair.question): pair.question for pair in pairs if pair.question.strip()}
+    return [Pair(questions[digest], answer, 0, "replies") for digest, answers in found.items() if digest in questions for answer in answers]
+
+
+def question_digest(question):
+    """The first 16 hex digits of a question's sha256, spaces and case aside."""
+    return hashlib.sha256(" ".join(question.lower().split()).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def unique(rows):

@@ -252,12 +252,10 @@ class HarmDetector(_Model):
             if deadline:
                 deadline()
             ids = torch.zeros(len(group), longest, dtype=torch.long)
-            mask = torch.zeros(len(group), longest, dtype=torch.bool)
             for row, i in enumerate(group):
                 ids[row, :len(sequences[i])] = torch.tensor(sequences[i])
-                mask[row, :len(sequences[i])] = True
-            hidden = self.hidden(ids.to(self.device))  # (B, T, d)
-            yield group, hidden, (mask.sum(1) - 1).to(self.device)
+            last = torch.tensor([len(sequences[i]) - 1 for i in group])
+            yield group, self.hidden(ids.to(self.device)), last.to(self.device)  # (B, T, d), (B,)
 
     def _head_logits(self, hidden, index=None):
         """(B, T, d) at index, or (n, d) -> (n,) float32 on the CPU, by the fused operator."""

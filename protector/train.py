@@ -58,6 +58,7 @@ class TrainConfig:
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "files whose questions and answers are left out"})
     refusal_cap: float = field(default=0.2, metadata={"help": "largest share of stock refusals among accepted answers"})
     rewrite_tokens: int = field(default=160, metadata={"help": "longest accepted answer (detoxifier)"})
+    replies: bool = field(default=False, metadata={"help": "answer the public sets' questions with this project's own accepted answers"})
     init: str = field(default="", metadata={"help": "folder of trained weights to start from"})
     seed: int = field(default=0, metadata={"help": "of data order and initialisation"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the blocks: some minutes before the first step, faster ones then"})
@@ -151,16 +152,14 @@ def collate(group, kind, device):
     """Right-padded tensors of one batch; T is the longest example."""
     n_tokens = max(len(example["ids"]) for example in group)
     ids = torch.zeros(len(group), n_tokens, dtype=torch.long)
-    mask = torch.zeros(len(group), n_tokens, dtype=torch.bool)
     answer = torch.zeros(len(group), n_tokens, dtype=torch.bool)
     for i, example in enumerate(group):
         length = len(example["ids"])
         ids[i, :length] = torch.tensor(example["ids"])
-        mask[i, :length] = True
         answer[i, example["start"]:length] = True
-    batch = {"ids": ids, "mask": mask, "answer": answer}
+    batch = {"ids": ids, "answer": answer}
     if kind == "detector":
-        batch["last"] = mask.sum(1) - 1
+        batch["last"] = torch.tensor([len(example["ids"]) - 1 for example in group])
         batch["labels"] = torch.tensor([example["label"] for example in group])
         batch["weights"] = torch.tensor([example["weight"] for example in group])
     else:
@@ -186,6 +185,9 @@ def load_rows(config):
     for path in config.data:
         pairs, triples = data.read(path)
         rows += pairs + data.pairs_of(triples) if config.kind == "detector" else triples or data.triples_of(pairs)
+    if config.replies:
+        found = data.replies()
+        rows = rows + data.pairs_with_replies(rows, found) if config.kind == "detector" else data.replied(rows, found)
     banned_pairs = [pair for path in config.exclude for kind in [data.read(path)] for pair in kind[0] + data.pairs_of(kind[1])]
     questions = {data._question_key(pair) for pair in banned_pairs if pair.question.strip()}
     answers = {pair.answer for pair in banned_pairs}

@@ -3,6 +3,7 @@ import collections
 import gzip
 import json
 import random
+import re
 import sys
 import types
 import zipfile
@@ -357,3 +358,23 @@ def test_cap_refusals():
     assert data.cap_refusals(mixed, 1.0) == mixed
     assert not any(data.is_stock_refusal(row.accepted) for row in data.cap_refusals(mixed, 0.0))
     assert data.cap_refusals(others, 0.2) == others and data.cap_refusals(refusals, 0.2) == []
+
+
+def test_replies_take_their_turns_and_leave_the_rest(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    path.write_text(json.dumps({"question_sha256": data.question_digest("How do I  pick a lock?"), "accepted": ["One.", "Two."]}) + "\n")
+    found = data.replies(path)
+    triples = [Triple("how do I pick a lock?", "Sorry.", f"bad {i}", "s", 0.5) for i in range(3)] + [Triple("Another?", "Sorry.", "bad")]
+    changed = data.replied(triples, found)
+    assert [triple.accepted for triple in changed] == ["One.", "Two.", "One.", "Sorry."]
+    assert [(t.question, t.rejected, t.source, t.weight) for t in changed] == [(t.question, t.rejected, t.source, t.weight) for t in triples]
+    pairs = [Pair("HOW do I pick a lock?", f"bad {i}", 1) for i in range(2)] + [Pair("", "bad", 1), Pair("Another?", "bad", 1)]
+    assert data.pairs_with_replies(pairs, found) == [Pair("HOW do I pick a lock?", text, 0, "replies") for text in ("One.", "Two.")]
+
+
+def test_own_replies_are_sane():
+    found = data.replies()
+    texts = [text for answers in found.values() for text in answers]
+    assert len(found) > 300 and all(re.fullmatch("[0-9a-f]{16}", digest) for digest in found) and len(set(texts)) == len(texts)
+    assert all(15 <= len(text.split()) <= 70 for text in texts)
+    assert sum(data.is_stock_refusal(text) for text in texts) < 0.1 * len(texts)

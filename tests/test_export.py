@@ -66,7 +66,7 @@ def test_unknown_format_names_the_known_ones(tmp_path):
         export.export(tmp_path, tmp_path / "out", format="onnx")
 
 
-def test_average_is_the_weighted_mean_of_every_trained_tensor(torch_detector, torch_detoxifier, tmp_path, capsys):
+def test_average_is_the_weighted_mean_of_every_trained_tensor(torch_detector, torch_detoxifier, tmp_path):
     from protector import models
     from protector.__main__ import main
     from protector.errors import ModelError

@@ -131,7 +131,7 @@ def test_detoxifier_examples_by_hand(hf_ids):
 def test_collate_by_hand():
     group = [{"ids": [5, 6, 7], "start": 1, "label": 1.0, "weight": 2.0}, {"ids": [8], "start": 0, "label": 0.0, "weight": 0.5}]
     batch = {name: value.tolist() for name, value in collate(group, "detector", "cpu").items()}
-    assert batch == {"ids": [[5, 6, 7], [8, 0, 0]], "mask": [[True] * 3, [True, False, False]],
+    assert batch == {"ids": [[5, 6, 7], [8, 0, 0]],
                      "answer": [[False, True, True], [True, False, False]], "last": [2, 0], "labels": [1.0, 0.0], "weights": [2.0, 0.5]}
 
 
@@ -154,7 +154,7 @@ def test_batches_hold_each_example_once():
 
 # -- rows
 
-def test_load_rows(tiny, tmp_path):
+def test_load_rows(tiny, tmp_path, monkeypatch):
     def file(name, *rows):
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -168,6 +168,10 @@ def test_load_rows(tiny, tmp_path):
                                          Pair("", "alone", 0, "pairs"), Pair("C", "good", 0, "triples"), Pair("C", "bad", 1, "triples")]
     assert train.load_rows(replace(detector, kind="detoxifier", refusal_cap=1.0)) == [
         Triple("A", "one", "two", "pairs"), Triple("C", "good", "bad", "triples")]
+    with monkeypatch.context() as patch:  # replies: in place of accepted answers, or as harmless pairs more
+        patch.setattr(data, "replies", lambda: {data.question_digest("c"): ["kind"]})
+        assert train.load_rows(replace(detector, replies=True))[6:] == [Pair("C", "kind", 0, "replies")]
+        assert train.load_rows(replace(detector, kind="detoxifier", refusal_cap=1.0, replies=True))[1:] == [Triple("C", "kind", "bad", "triples")]
     # exclude: every row of these questions, in any spelling, and these answers to any question
     banned = file("dev.jsonl", {"question": " a ", "answer": "x", "label": 0}, {"question": "", "answer": "alone", "label": 0},
                   {"question": "Z", "accepted": "bad", "rejected": "y"})

@@ -87,6 +87,17 @@ def _depth(result):
                  f"AUROC of a linear layer fitted on {result['fitted_on']:,} answers' states, blocks as they come. {_machine(result)}")
 
 
+def _compare(result):
+    def cell(found):
+        apart = found.get("difference")
+        return f"{found['auroc']:.3f}" + (f" ({apart['auroc']:+.3f} [{apart['low']:+.3f}, {apart['high']:+.3f}])" if apart else "")
+
+    rows = [[name, *(cell(found["sources"][source]) for source in result["sources"])] for name, found in result["detectors"].items()]
+    return _grid(["detector", *(f"{name}, n {found['n']} ({found['harmful']})" for name, found in result["sources"].items())], rows,
+                 "AUROC of the logit at the answer's end; in brackets the difference from the first line, with its interval by a paired bootstrap over questions. "
+                 + _machine(result))
+
+
 def _stream(result):
     rows = [[name, f"{target['value']:.3g}", f"{target['bound']:g}", "yes" if target["holds"] else "no"]
             for name, target in result["targets"].items()]
@@ -110,8 +121,9 @@ def _cost(result):
                  + score_s * rewrite_tokens / guarding["answer_tokens"])
     rows = []
     for flagged in (0, 0.01, 0.1, 1):
-        core_s = (score_s + flagged * rewrite_s) * result["threads"]
-        rows.append([f"{100 * flagged:g} %", f"{core_s / result['threads'] * 1e3:.0f}", f"{core_s * 1e6 / 3600:,.0f}", f"{core_s * 1e9 / 86400:,.0f}"])
+        answer_s = score_s + flagged * rewrite_s
+        core_s = answer_s * result["threads"]
+        rows.append([f"{100 * flagged:g} %", f"{answer_s * 1e3:.0f}", f"{core_s * 1e6 / 3600:,.0f}", f"{core_s * 1e9 / 86400:,.0f}"])
     return _grid(["flagged", "ms an answer", "core hours a million answers", "cores for a billion a day"], rows,
                  f"Answers of {guarding['answer_tokens']} tokens, {result['threads']} threads; a flagged one is rewritten once in {rewrite_tokens} tokens, and the rewrite scored. {_machine(result)}")
 
@@ -134,7 +146,7 @@ def _report(*chosen):
     return render
 
 
-RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost,
+RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "compare": _compare, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost,
              "bench": bench.markdown, "bench_sweep": bench.sweep_markdown, "detectors": _report(0, 1), "replay": _report(0), "utility": _report(0)}
 
 
