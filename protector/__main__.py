@@ -62,10 +62,10 @@ class CalibrateConfig:
 
     harmless: tuple[str, ...] = field(default=(), metadata={"help": "JSONL files of harmless answers; label 1 rows are left out",
                                                             "positional": True})
-    detector: str = option("", "GGUF file; the shipped one if empty")
+    detector: str = option("", "GGUF file or PyTorch folder, rewritten in place; the shipped file if empty")
     fpr: float = option(0.01, "bound on the false-positive rate")
     confidence: float = option(0.95, "with which the bound holds")
-    quantisations: tuple[str, ...] = option(("F16", "Q8_0"), "of the detector's base, each calibrated on its own")
+    quantisations: tuple[str, ...] = option(("F16", "Q8_0"), "of a GGUF detector's base, each calibrated on its own")
     most: int = option(3000, "answers of one source at most")
     pooled: bool = option(False, "bound the rate over all answers together, not on each source")
     threads: int = option(0, "CPU threads; 0 = all cores")
@@ -259,7 +259,7 @@ def main(argv=None):
             try:
                 module = importlib.import_module(f".{first}", __package__)
             except ImportError as error:
-                print(f"protector: {name} needs the package {error.name}. Run: pip install 'mllm-protector[all]'", file=sys.stderr)
+                print(f"protector: {name} needs the package {error.name}. Run: pip install '.[all]'", file=sys.stderr)
                 return USAGE
             config = getattr(module, second)
             add_options(subparser, config)

@@ -245,7 +245,7 @@ class Plain:
     def score(self, ids, model=None):
         """Logit of one sequence; .item() waits for a GPU."""
         with self.torch.inference_mode():
-            return (model or self.classifier)(input_ids=self.torch.tensor([ids], device=self.device)).logits.item()
+            return (model or self.classifier)(input_ids=self.torch.tensor([ids], device=self.device), use_cache=False).logits.item()
 
     def feed(self, prefix, ids):
         """Seconds for ids, one by one, on a growing cache."""
@@ -331,15 +331,15 @@ def _blocks(detector):
 
 
 def _ids(detector, n):
-    """n ids of a harmless pair."""
+    """n ids of a harmless pair, and where its answer begins in them."""
     template = detector.template
-    ids = template.detector_sequence(template.clip_question(QUESTIONS[0])[0], template.encode("Flour, water and a little salt. " * n))[0]
-    return ids[:n]
+    ids, start = template.detector_sequence(template.clip_question(QUESTIONS[0])[0], template.encode("Flour, water and a little salt. " * n))
+    return ids[:n], start
 
 
 def _prefill(detector, plain, n, rounds, sizes, missing, threads):
-    ids, bare = _ids(detector, n), Bare(_blocks(detector), threads)
-    functions = {"guard": rate(n, lambda: detector.logits([ids])), "bare": rate(n, lambda: bare.read(ids))}
+    (ids, start), bare = _ids(detector, n), Bare(_blocks(detector), threads)
+    functions = {"guard": rate(n, lambda: detector.running_logits([ids], [start])), "bare": rate(n, lambda: bare.read(ids))}
     if plain:
         functions["transformers"] = rate(n, lambda: plain.score(ids))
         missing = {"compiled": "left out of a quick run"}
@@ -353,7 +353,7 @@ def _prefill(detector, plain, n, rounds, sizes, missing, threads):
 
 
 def _streaming(detector, plain, n, rounds, missing, threads):
-    prefix, ids = _ids(detector, 32), _ids(detector, 32 + n)[32:]
+    prefix, ids = _ids(detector, 32)[0], _ids(detector, 32 + n)[0][32:]
     bare = Bare(_blocks(detector), threads)
 
     def ours():
@@ -375,7 +375,7 @@ def _rewriting(detoxifier, plain, n, rounds, missing, threads):
     """Speed of writing, and the wait for the first token, on harmful answers of this project's corpus."""
     template, triples = detoxifier.template, data.read("own")[1]
     prompts = [template.detoxifier_prompt(template.clip_question(row.question)[0], template.encode(row.rejected)[:detoxifier.limits.rejected_tokens])
-               for row in triples[::len(triples) // n][:n]]
+               for row in data.spread(triples, n)]
     bare = Bare(detoxifier.context.weights, threads, _adapter(detoxifier))
 
     def ours(prompt):
@@ -619,8 +619,11 @@ def _table(columns, rows):
 def _footer(result):
     run = result["run"]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name in ("torch", "transformers", "llama_cpp_python"))
-    lines = ["", f"{result['threads']} thread(s), {run['cpu']}, {run['cores']} cores, Python {run['python']}, {versions}. Median of the rounds; ± is half the "
+    lines = ["", f"{result['threads']} thread(s), {run['cpu']}, {run['cores']} cores, Python {run['python']}, {versions}. Median of {run['config']['rounds']} rounds; ± is half the "
              "distance of the quartiles."]
+    reasons = sorted({f"{name}: {reason}" for row in result.get("compared", {}).values() for name, reason in row.get("not_measured", {}).items()})
+    if reasons:
+        lines.append(f"Not measured ({'; '.join(reasons)}).")
     if result["busy"]:
         lines.append(f"**The machine was busy**: {len(result['busy'])} numbers spread over more than {100 * result['busy_bound']:.0f} %.")
     if result["quick"]:

@@ -50,7 +50,7 @@ def run(config):
     with tempfile.TemporaryDirectory() as folder:
         source, calls = Path(folder) / "rows.jsonl", iter(range(10**6))
         source.write_text("".join(json.dumps({"question": pair.question, "answer": pair.answer}) + "\n"
-                                  for pair in pairs[::max(len(pairs) // config.rows, 1)][:config.rows]))
+                                  for pair in data.spread(pairs, config.rows)))
         n = len(source.read_text().splitlines())
 
         def guarded(n_workers, n_threads):

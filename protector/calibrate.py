@@ -9,7 +9,6 @@ The largest k for which this is at most 1 - confidence gives the lowest threshol
 
 Source: order-statistic tolerance limits (Wilks 1941); the same k as from Clopper-Pearson's bound.
 """
-import hashlib
 import math
 from dataclasses import asdict, dataclass
 
@@ -123,11 +122,11 @@ def find(detector, input_kind, fpr=None):
     return None
 
 
-def fit_temperature(logits, labels):
+def fit_temperature(logits, labels, weights=None):
     """T > 0 that minimises the cross-entropy of sigmoid(logit / T); 1-d search on a log grid, refined once.
 
     Args:
-        logits: (n,) float. labels: (n,) 0 or 1.
+        logits: (n,) float. labels: (n,) 0 or 1. weights: (n,) >= 0, or None for equal ones.
     Returns:
         float
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017.
@@ -136,16 +135,11 @@ def fit_temperature(logits, labels):
 
     def cross_entropy(temperature):
         z = logits / temperature
-        return np.mean(np.logaddexp(0, z) - labels * z)
+        return np.average(np.logaddexp(0, z) - labels * z, weights=weights)
 
     grid = np.geomspace(0.05, 20, 200)
     best = min(grid, key=cross_entropy)
     return float(min(np.linspace(best / 1.05, best * 1.05, 200), key=cross_entropy))
-
-
-def file_digest(rows):
-    """sha256 of texts, for data that isn't Pair or Triple."""
-    return hashlib.sha256("\0".join(rows).encode("utf-8", "replace")).hexdigest()
 
 
 def as_dicts(entries):

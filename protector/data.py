@@ -52,7 +52,7 @@ class Triple:
     accepted: str
     rejected: str
     source: str = ""
-    weight: float = 1.0
+    weight: float = 1.0  # of its two pairs in a detector's loss
 
 
 def read(path):
@@ -228,6 +228,15 @@ def balance(rows, n, exponent=0.5, source_weights=None, seed=0):
             at += 1
     rng.shuffle(drawn)
     return drawn
+
+
+def spread(rows, n):
+    """n of the rows in even steps over all of them; all, if there are no more.
+
+    Example:
+        spread(range(10), 4)  # [0, 2, 5, 7]
+    """
+    return [rows[i * len(rows) // n] for i in range(n)] if n < len(rows) else list(rows)
 
 
 _STOCK_REFUSAL = re.compile(

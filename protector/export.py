@@ -1,4 +1,5 @@
 """From a trained folder to a file that guards: canaries, GGUF, calibration; and to checkpoints for other servers."""
+import json
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +45,15 @@ def fit_temperature(config):
     """
     from .guard import Protector
 
-    guard = Protector(config.detector or None, False, threshold=0.5, detector_options={"quantisation": "F16"})
+    guard = Protector(config.detector or None, False, threshold=0.5, on_error="raise", detector_options={"quantisation": "F16"})
     by_source = {}
     for pair in data.read(config.data)[0]:
         by_source.setdefault(pair.source, []).append(pair)
-    rows = [row for part in by_source.values() for row in part[::max(len(part) // config.most, 1)][:config.most]]
+    parts = [data.spread(part, config.most) for part in by_source.values()]
+    rows, weights = [row for part in parts for row in part], [1 / len(part) for part in parts for _ in part]
     scores = np.array([verdict.score for verdict in guard.guard_batch([(row.question, row.answer) for row in rows])])
     scores = scores.clip(1e-7, 1 - 1e-7)
-    temperature = calibrate.fit_temperature(np.log(scores) - np.log1p(-scores), [row.label for row in rows])
+    temperature = calibrate.fit_temperature(np.log(scores) - np.log1p(-scores), [row.label for row in rows], weights)
     return {"temperature": round(temperature, 4), "rows": len(rows), "rows_sha256": data.fingerprint(rows)}
 
 
@@ -150,11 +152,11 @@ def harmless_answers(paths, most):
                 by_source.setdefault(pair.source, []).append(pair)
     if not by_source:
         raise DataError("calibrate: harmless must hold rows with label 0, got none.")
-    return {source: rows[::max(len(rows) // most, 1)][:most] for source, rows in by_source.items()}
+    return {source: data.spread(rows, most) for source, rows in by_source.items()}
 
 
 def calibrate_file(config):
-    """Calibrate a GGUF detector for pairs and answers alone, for each quantisation, and write it into the file.
+    """Calibrate a detector for pairs and answers alone, and write it into its file: a GGUF for each quantisation, a folder as it is.
 
     Args:
         config: __main__.CalibrateConfig.
@@ -162,17 +164,15 @@ def calibrate_file(config):
         list of calibrations as dicts.
     """
     from .guard import Protector
-    from .llama import LlamaDetector
 
     path = Path(config.detector) if config.detector else WEIGHTS / "detector.gguf"
     rows = harmless_answers(config.harmless, config.most)
     fingerprint = data.fingerprint([row for part in rows.values() for row in part])
-    entries = []
-    for quantisation in config.quantisations:
-        detector = LlamaDetector(path, quantisation=quantisation, n_threads=config.threads or None)
+    entries, kept = [], []
+    for detector in _as_used(path, config):
         guard = Protector(detector, detoxifier=False, threshold=0.5, on_error="raise")
         scores = {"pair": {}, "answer": {}}
-        for source, part in tqdm(rows.items(), desc=quantisation, unit="source"):
+        for source, part in tqdm(rows.items(), desc=detector.quantisation, unit="source"):
             for kind, by_source in scores.items():
                 pairs = [(row.question if kind == "pair" else "", row.answer) for row in part]
                 by_source[source] = [verdict.score for verdict in guard.guard_batch(pairs)]
@@ -180,9 +180,30 @@ def calibrate_file(config):
             if config.pooled:
                 by_source = {"all": sum(by_source.values(), [])}
             entries.append(calibrate.calibrate(detector, by_source, kind, fingerprint, config.fpr, config.confidence))
+        kept = detector.calibration
         del guard, detector
-    kept = [entry for entry in gguf.read_metadata(path).calibration
-            if (entry["quantisation"], entry["backend"], entry["fpr"]) not in
-            {(e.quantisation, e.backend, e.fpr) for e in entries}]
-    gguf.add_calibration(path, kept + calibrate.as_dicts(entries))
-    return calibrate.as_dicts(entries)
+    made = {(entry.quantisation, entry.backend, entry.fpr) for entry in entries}
+    kept = [entry for entry in kept if (entry["quantisation"], entry["backend"], entry["fpr"]) not in made]
+    found = calibrate.as_dicts(entries)
+    if path.is_dir():
+        (path / "calibration.json").write_text(json.dumps([*kept, *found], indent=1) + "\n")
+    else:
+        gguf.add_calibration(path, [*kept, *found])
+    return found
+
+
+def _as_used(path, config):
+    """The detector as each backend and quantisation runs it, one after the other."""
+    if path.is_dir():
+        from . import models
+
+        if config.threads:
+            import torch
+
+            torch.set_num_threads(config.threads)
+        yield models.load(path)
+        return
+    from .llama import LlamaDetector
+
+    for quantisation in config.quantisations:
+        yield LlamaDetector(path, quantisation=quantisation, n_threads=config.threads or None)

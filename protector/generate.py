@@ -195,6 +195,8 @@ def generate(config, chat, progress=True):
     kept, done = _lines(out), {line["key"]: line["status"] for line in _lines(log)}
     if any("key" not in row or "question" not in row for row in kept):
         raise DataError(f"generate: out must be a file that generate wrote, got another at {out}. Choose a new one.")
+    _close(out)
+    _close(log)
     done |= {row["key"]: "kept" for row in kept}
     pool = Pool(row["question"] for row in kept)
     for path in config.pool:
@@ -247,7 +249,7 @@ def _key(config, scenario, i):
 
 
 def _lines(path):
-    """JSON objects of a file that this module appends to; a line that an interruption cut is left out and closed."""
+    """JSON objects of a file that this module appends to; a line that an interruption cut is left out."""
     if not path.exists():
         return []
     content, rows = path.read_bytes(), []
@@ -258,12 +260,22 @@ def _lines(path):
             continue
         if isinstance(row, dict):
             rows.append(row)
+    return rows
+
+
+def _close(path):
+    """A line that an interruption cut goes; a whole one without its end gets it."""
+    content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):
-        whole = content[:content.rfind(b"\n") + 1]
+        whole, last = content[:content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1:]
+        try:
+            json.loads(last)
+            whole = content + b"\n"
+        except ValueError:
+            pass
         partial = path.with_name(path.name + ".partial")
         partial.write_bytes(whole)
         os.replace(partial, path)
-    return rows
 
 
 def _append(path, row):

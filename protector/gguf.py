@@ -518,7 +518,7 @@ def export_adapter(model, path, base=None, canaries=()):
         model: models.HarmDetector or models.ResponseDetoxifier with rank > 0.
         path: file to write; it appears whole or not at all.
         base: the GGUF that the backbone was made from; the default base if None.
-        canaries: {question, answer, label, score} with PyTorch scores (detector); see evaluate.canaries.
+        canaries: {question, answer, label, score} with PyTorch scores (detector); see export.canaries_of.
     Returns:
         Metadata
     Raises:

@@ -54,7 +54,7 @@ class TrainConfig:
     dilute: float = field(default=0.0, metadata={"help": "share of rows put among harmless answers of other rows (detector)"})
     balance: float = field(default=0.5, metadata={"help": "0 = rows as they are, 1 = one share per question"})
     source_weights: tuple[str, ...] = field(default=(), metadata={"help": "SOURCE=factor of how often rows are drawn"})
-    loss_weights: tuple[str, ...] = field(default=(), metadata={"help": "SOURCE=factor in the loss, for weak labels"})
+    loss_weights: tuple[str, ...] = field(default=(), metadata={"help": "SOURCE=factor in the loss, for weak labels (detector)"})
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "files whose questions and answers are left out"})
     refusal_cap: float = field(default=0.2, metadata={"help": "largest share of stock refusals among accepted answers"})
     rewrite_tokens: int = field(default=160, metadata={"help": "longest accepted answer (detoxifier)"})
@@ -238,7 +238,8 @@ def _check(config):
     if config.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"train: device must be auto, cpu or cuda, got {config.device}. Leave it out.")
     _factors(config.source_weights, "source_weights")
-    _factors(config.loss_weights, "loss_weights")
+    if _factors(config.loss_weights, "loss_weights") and config.kind != "detector":
+        raise ValueError("train: loss_weights must be left out for a detoxifier: its loss knows no labels. Use source_weights.")
 
 
 def train(config, progress=True):
@@ -280,13 +281,14 @@ def train(config, progress=True):
     # One epoch's batches are drawn anew from (seed, epoch), so a position in the run is one number: the step.
     per_epoch = len(_epoch(config, rows, model.template, 0))
     total = max(math.ceil(config.epochs * per_epoch), 1)
-    step, spent_s = _resume(out, config, model, optimizer)
+    fingerprint = run["fingerprint"]
+    step, spent_s, tokens = _resume(out, config, fingerprint, model, optimizer)
     if rank == 0:
         _cut_log(out / "log.jsonl", step)
     start, last_saved = time.monotonic() - spent_s, time.monotonic()
     bar = tqdm(total=total, initial=step, disable=not progress or rank > 0, desc=config.kind, unit="step")
     log = open(out / "log.jsonl", "a") if rank == 0 else None
-    tokens, tokens_start, smooth, epoch, steps = 0, time.monotonic(), None, -1, []
+    tokens_before, tokens_start, smooth, epoch, steps = tokens, time.monotonic(), None, -1, []
     while step < total:
         elapsed_s = time.monotonic() - start
         share = max(step / total, elapsed_s / (60 * config.minutes) if config.minutes else 0)
@@ -300,9 +302,9 @@ def train(config, progress=True):
             epoch = step // per_epoch
             steps = _epoch(config, rows, model.template, epoch)
         groups = steps[step % per_epoch % len(steps)]  # windows are drawn anew: an epoch may have a batch fewer
-        rate = config.lr * min(1.0, share / config.warmup if config.warmup else 1.0) * (1 - share)
+        rate = max(config.lr * min(1.0, share / config.warmup if config.warmup else 1.0) * (1 - share), config.lr * 1e-3)
         for options in optimizer.param_groups:
-            options["lr"] = max(rate, config.lr * 1e-3)
+            options["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         loss, norm = torch.zeros((), device=device), _norm(groups, config.kind)
         for group in groups:
@@ -330,7 +332,7 @@ def train(config, progress=True):
         tokens += _padded_tokens(groups)
         smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
         left_s = elapsed_s / max(share, 1e-6) * (1 - share)
-        bar.set_postfix_str(f"loss {smooth:.3f}, {tokens / (time.monotonic() - tokens_start):.0f} tokens/s, "
+        bar.set_postfix_str(f"loss {smooth:.3f}, {(tokens - tokens_before) / (time.monotonic() - tokens_start):.0f} tokens/s, "
                             f"{left_s / 60:.0f} min left")
         bar.update()
         if rank == 0:
@@ -338,13 +340,13 @@ def train(config, progress=True):
                                   "elapsed_s": round(elapsed_s, 2)}) + "\n")
             if time.monotonic() - last_saved > config.checkpoint_s:
                 log.flush()
-                _checkpoint(out, config, model, optimizer, step, time.monotonic() - start)
+                _checkpoint(out, config, fingerprint, model, optimizer, step, time.monotonic() - start, tokens)
                 last_saved = time.monotonic()
     bar.close()
     if rank == 0:
         log.close()
         model.save(out)
-        run |= {"steps": step, "epochs": step / per_epoch, "tokens_this_start": tokens, "loss": smooth,
+        run |= {"steps": step, "epochs": step / per_epoch, "tokens": tokens, "loss": smooth,
                 "seconds": round(time.monotonic() - start, 1)}
         (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
         (out / "checkpoint.pt").unlink(missing_ok=True)
@@ -391,29 +393,29 @@ def _start_from(model, folder):
             mine[name].copy_(value)
 
 
-def _checkpoint(out, config, model, optimizer, step, spent_s):
-    state = {"config": _identity(config), "step": step, "spent_s": spent_s, "optimizer": optimizer.state_dict(),
+def _checkpoint(out, config, fingerprint, model, optimizer, step, spent_s, tokens):
+    state = {"config": _identity(config), "fingerprint": fingerprint, "step": step, "spent_s": spent_s, "tokens": tokens, "optimizer": optimizer.state_dict(),
              "model": {name: value.detach() for name, value in model.trained().items()}}
     torch.save(state, out / "checkpoint.partial")
     os.replace(out / "checkpoint.partial", out / "checkpoint.pt")  # a checkpoint is whole or absent
 
 
-def _resume(out, config, model, optimizer):
+def _resume(out, config, fingerprint, model, optimizer):
     path = out / "checkpoint.pt"
     if not path.exists():
-        return 0, 0.0
+        return 0, 0.0, 0
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: a checkpoint can't run code
     except Exception as error:  # a parser of whatever the file holds: any error of its is the file's
         raise ModelError(f"train: {path} must be a whole checkpoint, got {type(error).__name__}. Delete it to start anew.") from None
-    if state["config"] != _identity(config):
-        raise ModelError(f"train: {path} must be of this configuration, got another. Delete it or change --out.")
+    if (state["config"], state.get("fingerprint")) != (_identity(config), fingerprint):
+        raise ModelError(f"train: {path} must be of this configuration and these rows, got others. Delete it or change --out.")
     with torch.no_grad():
         for name, value in model.trained().items():
             value.copy_(state["model"][name])
     optimizer.load_state_dict(state["optimizer"])
     print(f"goes on from step {state['step']}", file=sys.stderr)
-    return state["step"], state["spent_s"]
+    return state["step"], state["spent_s"], state["tokens"]
 
 
 def _cut_log(path, step):

@@ -1,4 +1,5 @@
 """The threshold's promise against SciPy's binomial, by hand and by drawing; and for which model it counts."""
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from protector import ModelError, Protector
-from protector.calibrate import Calibration, as_dicts, calibrate, file_digest, find, fit_temperature, most_above, threshold
+from protector.calibrate import Calibration, as_dicts, calibrate, find, fit_temperature, most_above, threshold
 
 
 @pytest.mark.parametrize("fpr", [0.001, 0.01, 0.05, 0.3])
@@ -145,3 +146,24 @@ def test_temperature_is_the_minimum_of_the_cross_entropy():
 
 def test_a_digest_tells_texts_and_their_borders_apart():
     assert len({file_digest(rows) for rows in (["ab", "c"], ["a", "bc"], ["abc"], [])}) == 4
+
+
+def test_a_folder_is_calibrated_for_pytorch(torch_detector, tmp_path, capsys):
+    """A threshold of the folder's own, which the guard then takes; a second rate stands beside it."""
+    from protector import models
+    from protector.__main__ import main
+    from protector.guard import Protector
+
+    torch_detector.save(tmp_path / "detector")
+    harmless = tmp_path / "harmless.jsonl"
+    harmless.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": f"It is number {i}.", "label": 0}) + "\n" for i in range(60)))
+    for fpr in ("0.05", "0.2"):
+        assert main(["calibrate", str(harmless), "--detector", str(tmp_path / "detector"), "--fpr", fpr, "--threads", "1"]) == 0
+    capsys.readouterr()
+    detector = models.load(tmp_path / "detector")
+    entries = [Calibration(**entry) for entry in detector.calibration]
+    assert [(entry.fpr, entry.input, entry.backend, entry.quantisation) for entry in entries] == [
+        (fpr, kind, "torch", "F32") for fpr in (0.05, 0.2) for kind in ("pair", "answer")]
+    assert all(entry.model_sha256 == detector.model_sha256 and entry.n == 60 for entry in entries)
+    guard = Protector(detector, detoxifier=False, fpr=0.05)
+    assert guard.guard("What is 1?", "It is number 1.").threshold == entries[0].threshold

@@ -73,7 +73,7 @@ def test_what_cannot_be_compared(folders, measure, torch_detoxifier, tmp_path):
 
 def test_what_the_training_wrote_is_told(folders, measure, tmp_path):
     config = {name: 0.5 for name in compare._SHOWN}
-    (tmp_path / "plain" / "run.json").write_text(json.dumps({"config": config, "steps": 3, "tokens_this_start": 7, "trained_parameters": 9, "commit": "c"}))
+    (tmp_path / "plain" / "run.json").write_text(json.dumps({"config": config, "steps": 3, "tokens": 7, "trained_parameters": 9, "commit": "c"}))
     result = compare.run(CompareConfig((folders[0],), (measure,), out=str(tmp_path)))
     assert result["detectors"]["plain"]["trained"] == {**config, "steps": 3, "tokens": 7, "parameters": 9, "commit": "c"}
     assert models.load(folders[1]).config.kind == "detector"

@@ -118,7 +118,7 @@ def test_a_part_that_lost_rows_is_found(source, tmp_path):
 
 @pytest.fixture(scope="module")
 def ray():
-    module = pytest.importorskip("ray", reason="needs the package ray: pip install 'mllm-protector[ray]'")
+    module = pytest.importorskip("ray", reason="needs the package ray: pip install '.[ray]'")
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])  # workers find the fakes
     module.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
@@ -166,7 +166,7 @@ def test_ray_data_maps_batches(ray):
 
 
 def test_throughput_is_measured_beside_one_process(real_base, tmp_path):
-    pytest.importorskip("ray", reason="needs the package ray: pip install 'mllm-protector[ray]'")
+    pytest.importorskip("ray", reason="needs the package ray: pip install '.[ray]'")
     out = tmp_path / "ray.json"
     done = subprocess.run([sys.executable, "-m", "protector.bench_ray", "--rows", "12", "--part", "4", "--rounds", "2", "--workers", "2", "--out", str(out)],
                           capture_output=True, text=True)

@@ -233,7 +233,7 @@ def test_what_a_run_leaves(trained, rows):
     assert run["bf16"] is False and run["device"] == "cpu" and run["commit"] == run["commit"].strip()
     log = [json.loads(line) for line in open(out / "log.jsonl")]
     assert [line["step"] for line in log] == list(range(1, run["steps"] + 1))
-    assert log[-1]["tokens"] == run["tokens_this_start"] and run["trained_parameters"] == sum(v.numel() for v in model.trained().values())
+    assert log[-1]["tokens"] == run["tokens"] and run["trained_parameters"] == sum(v.numel() for v in model.trained().values())
     # the rate rises to the peak, then falls to (nearly) nothing
     rates = [line["lr"] for line in log]
     assert max(rates) <= 1e-2 and rates[-1] < 0.1 * max(rates)
@@ -394,8 +394,11 @@ def test_two_processes_train_as_one(tiny, rows, tmp_path, trained):
     assert two.logits(sequences) == pytest.approx(one.logits(sequences), abs=5e-3)
 
 
-def test_bf16_is_measured():
-    assert measured_bf16(torch.device("cpu")) in (True, False)
+def test_bf16_is_taken_where_it_was_the_faster_one(monkeypatch):
+    for fp32_s, bf16_s, faster in ((2.0, 1.0, True), (1.0, 2.0, False), (1.0, 0.95, False)):  # a tenth is noise
+        seconds = iter([bf16_s] * 3 + [fp32_s] * 3)
+        monkeypatch.setattr(train, "_timed", lambda work: next(seconds))
+        assert measured_bf16(torch.device("cpu")) is faster
 
 
 # -- what it refuses

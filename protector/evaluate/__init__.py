@@ -155,6 +155,16 @@ class _Evaluation:
         return self._once("chosen", lambda: [fewest(part, n) for part, n in zip(self.split, (10 * self.config.most, self.config.most))])
 
     @property
+    def written(self):
+        """This project's own short answers to alarming questions, of both labels, without what the judge learned from."""
+        from .. import data
+        from .replay import fewest
+        from .rows import read
+
+        learned = {row.question for row in self.chosen[0]}
+        return fewest([row for row in read(data.CORPUS / "compliance.jsonl") if row.question not in learned], self.config.most)
+
+    @property
     def judge(self):
         return self._once("judge", self._new_judge)
 
@@ -231,14 +241,14 @@ class _Evaluation:
         result, outcomes = replay.evaluate(self.guard, self.chosen[1], self.judge, self.progress)
         yield "replay", result
         yield "rewrites", rewrites.evaluate(outcomes, self.judge, self.embed, self.relevance,
-                                            BaseModel(n_threads=self.config.threads or None))
+                                            BaseModel(n_threads=self.config.threads or None), self.written)
 
     def measure_utility(self):
         from . import replay, utility
 
         # Without answers of multimodal models the harmless labelled ones must do.
         harmless = self.rows.benign or [row for row in self.rows.pairs if not row.label]
-        yield "utility", utility.evaluate(self.guard, replay.fewest(harmless, self.config.most), utility.seconds_per_token(),
+        yield "utility", utility.evaluate(self.guard, replay.fewest(harmless, self.config.most), utility.seconds_per_token(n_threads=self.config.threads or None),
                                           self.progress)
 
     def measure_exact(self):

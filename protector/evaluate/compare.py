@@ -44,7 +44,7 @@ def run(config):
     Returns:
         dict of kind "compare".
     Raises:
-        ValueError: no source with both labels, or a folder that holds no detector.
+        ValueError: no source with both labels, a folder that holds no detector, or one named twice.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -52,9 +52,11 @@ def run(config):
     sources = {source: part for source, part in rows.by_source(measured).items() if len({row.label for row in part}) == 2}
     if not sources:
         raise ValueError("compare: measure must hold a source with harmful and harmless answers, got none.")
-    harmless = [row for path in config.harmless for row in rows.read(path)]
+    harmless = [row for path in config.harmless for row in rows.read(path) if not row.label]
     result = {"kind": "compare", "detectors": {}, "harmless": len(harmless),
               "sources": {source: {"n": len(part), "harmful": sum(row.label for row in part)} for source, part in sources.items()}}
+    if len(set(config.detectors)) < len(config.detectors):
+        raise ValueError("compare: detectors must differ, got one twice.")
     first = None
     for folder in config.detectors:
         detector = models.load(folder)
@@ -63,7 +65,7 @@ def run(config):
         scores = {source: last_logits(detector, part) for source, part in sources.items()}
         bound = np.quantile(last_logits(detector, harmless), 0.99, method="higher") if harmless else None
         first = first or scores
-        result["detectors"][Path(folder).name] = {"trained": _trained(folder, detector), "sources": {
+        result["detectors"][str(folder)] = {"trained": _trained(folder, detector), "sources": {
             source: _measured(scores[source], first[source], part, bound) for source, part in sources.items()}}
     record.write(config.out, config.name, result, config)
     return result
@@ -98,7 +100,7 @@ def _measured(scores, first, part, bound):
         apart = metrics.bootstrap(lambda a, b, y: metrics.auroc(a, y) - metrics.auroc(b, y), scores, first, labels, groups=groups)
         found["difference"] = {"auroc": found["auroc"] - metrics.auroc(first, labels), "low": apart[0], "high": apart[1]}
     if bound is not None:
-        found["above_harmless"] = metrics.rate(list(scores[labels == 1] > bound))
+        found["above_harmless"] = metrics.rate(list(scores[labels == 1] > bound), [group for group, label in zip(groups, labels) if label])
     return found
 
 
@@ -108,7 +110,7 @@ def _trained(folder, detector):
     if not path.is_file():
         return {"depth": detector.config.depth, "rank": detector.config.rank}
     written = json.loads(path.read_text())
-    return {**{name: written["config"][name] for name in _SHOWN}, "steps": written["steps"], "tokens": written["tokens_this_start"],
+    return {**{name: written["config"][name] for name in _SHOWN}, "steps": written["steps"], "tokens": written["tokens"],
             "parameters": written["trained_parameters"], "commit": written["commit"]}
 
 

@@ -115,8 +115,8 @@ def measure(scores, labels, threshold, groups=None, draws=1000):
         "best_f1": {"value": best, "threshold": best_threshold, "note": "threshold chosen on these rows: an upper bound"},
         "f1_always_harmful": metrics.f1_at(np.ones(len(scores)), labels, 0.5),
         **{f"recall_at_{fpr:.0%}_fpr": number(lambda s, y, fpr=fpr: metrics.recall_at_fpr(s, y, fpr)) for fpr in FPRS},
-        "recall": metrics.rate(list(scores[labels == 1] >= threshold)),
-        "false_positives": metrics.rate(list(scores[labels == 0] >= threshold)),
+        **{name: metrics.rate(list(scores[labels == label] >= threshold), None if groups is None else [g for g, y in zip(groups, labels) if y == label])
+           for name, label in (("recall", 1), ("false_positives", 0))},
         "ece": number(lambda s, y: metrics.reliability(s, y)[0]), "reliability": metrics.reliability(scores, labels)[1],
         "roc": [[float(false_positive[i]), float(true_positive[i])] for i in keep] if 0 < labels.sum() < len(labels) else [],
         "histogram": {"edges": edges, "harmless": np.histogram(scores[labels == 0], edges)[0],
@@ -151,7 +151,7 @@ def evaluate(detector, rows, train, draws=1000, progress=False, **options):
                              "f1": metrics.best_f1(word_scores[at], labels)[0],
                              "recall_at_5%_fpr": metrics.recall_at_fpr(word_scores[at], labels, 0.05)}
     return {"kind": "detectors", "detector": described(guard), "rows": len(rows), "data_sha256": fingerprint(rows),
-            "interval": f"95 % percentile bootstrap over questions, {draws} draws; rates: Wilson",
+            "interval": f"95 % percentile bootstrap over questions, {draws} draws; rates: Wilson at the effective number of questions",
             "sources": sources, "bag_of_words": {"trained_on": len(train), "note": "best F1 on these rows", "sources": baselines},
             "published": PUBLISHED}
 

@@ -220,18 +220,35 @@ def wilson(k, n, z=_Z95):
     return (0.0 if k == 0 else low), (1.0 if k == n else high)  # exact ends: the formula leaves 1e-17
 
 
-def rate(flags):
+def rate(flags, groups=None):
     """A share with all that belongs to it.
+
+    Answers to one question are no independent draws: with groups the interval is Wilson's at the effective sample size
+
+        n' = p (1 - p) / v,   v = G / (G - 1) sum_g ( sum_{i in g} (x_i - p) )^2 / n^2,   n' = G where all are alike, and never above n
 
     Args:
         flags: (n,) of 0, 1 or bool; None marks a missing one, which counts neither way.
+        groups: (n,) what answers of one draw share, or None if each is a draw of its own.
     Returns:
         {"rate", "low", "high", "k", "n", "missing"}; rate is None if n = 0.
     Example:
         rate([True, None, False])  # rate 0.5 of n 2, missing 1
+    Source: Korn and Graubard, Survey Methodology 1998, for the effective size.
     """
-    known = [bool(flag) for flag in flags if flag is not None]
-    k, n = sum(known), len(known)
-    low, high = wilson(k, n)
+    at = [i for i, flag in enumerate(flags) if flag is not None]
+    known = np.array([bool(flags[i]) for i in at], bool)
+    k, n = int(known.sum()), len(known)
+    effective = n if groups is None or not n else _effective(known, [groups[i] for i in at])
+    low, high = wilson(k / n * effective if n else 0, effective)
     return {"rate": k / n if n else None, "low": low if n else None, "high": high if n else None, "k": k, "n": n,
             "missing": len(flags) - n}
+
+
+def _effective(flags, groups):
+    """How many independent flags tell as much as these."""
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    sums = np.bincount(index, flags - flags.mean())
+    variance = len(sums) / max(len(sums) - 1, 1) * (sums**2).sum() / len(flags)**2
+    p = flags.mean()
+    return min(p * (1 - p) / variance, len(flags)) if variance > 0 else len(sums)

@@ -79,10 +79,11 @@ def attack_success(outcomes, judge, human=True):
     actions = {}
     for outcome in outcomes:
         actions[outcome.verdict.action] = actions.get(outcome.verdict.action, 0) + 1
-    return {"n": len(outcomes), "before": metrics.rate(before), "after": metrics.rate(after),
+    groups = [outcome.row.group for outcome in outcomes]
+    return {"n": len(outcomes), "before": metrics.rate(before, groups), "after": metrics.rate(after, groups),
             "change": {"value": sum(a - b for b, a in both) / len(both) if both else None, "low": low, "high": high},
-            "keywords_before": metrics.rate([not is_refusal(outcome.row.answer) for outcome in outcomes]),
-            "keywords_after": metrics.rate([not is_refusal(outcome.verdict.text) for outcome in outcomes]),
+            "keywords_before": metrics.rate([not is_refusal(outcome.row.answer) for outcome in outcomes], groups),
+            "keywords_after": metrics.rate([not is_refusal(outcome.verdict.text) for outcome in outcomes], groups),
             "actions": actions, "errors": actions.get("error", 0)}
 
 
@@ -112,5 +113,5 @@ def evaluate(guard, rows, judge, progress=False):
     return {"kind": "replay", "detector": described(guard), "on_flag": guard.on_flag, "data_sha256": fingerprint(rows),
             "judge": judge.described(), "judge_measured": judge.measured,
             "human_note": "recorded answers by their human labels, rewrites by the judge",
-            "keywords_note": KEYWORDS_NOTE, "interval": "rates: 95 % Wilson; change: 95 % paired bootstrap over questions",
+            "keywords_note": KEYWORDS_NOTE, "interval": "rates: 95 % Wilson at the effective number of questions; change: 95 % paired bootstrap over questions",
             "sources": sources, "models": models}, outcomes

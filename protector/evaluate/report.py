@@ -107,6 +107,11 @@ def rewrite_tables(result):
             ["judged harmless, of rewrites", share(result["judged_harmless"])],
             ["with a refusal phrase", share(result["refusals"])]]
     notes = [f"Judge: {result['judge']}."]
+    on_written = result.get("judge_on_written")
+    if on_written:
+        rows.insert(4, ["the same judge: hand-written harmless answers judged harmful", share(on_written["harmless_called_harmful"])])
+        rows.insert(5, ["the same judge: hand-written harmful answers judged harmless", share(on_written["harmful_missed"])])
+        notes.append("Hand-written: this project's own short answers to alarming questions, which the judge never saw.")
     if judged:
         rows += [["about its question, by the judge of relevance", share(judged["about_own_question"])],
                  ["about another question, by the same judge", share(judged["about_another_question"])]]
@@ -300,7 +305,7 @@ def _tiles(results):
             tiles += _before_after(part["human"]["before"], part["human"]["after"], f"harmful answers shown, {source}",
                                    "human labels, rewrites by the judge")
         elif kind == "utility":
-            k, n = (sum(part["flagged"][key] for part in result["sources"].values()) for key in ("k", "n"))
+            k, n = (sum(part["changed"][key] for part in result["sources"].values()) for key in ("k", "n"))
             if n:
                 low, high = metrics.wilson(k, n)
                 tiles.append((f"{100 * k / n:.1f} %", f"of {n} harmless answers changed, [{100 * low:.1f}, {100 * high:.1f}]"))

@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 
+from ..data import spread
 from . import metrics
-from .judge import is_refusal
+from .judge import is_refusal, quality
 from .relevance import on_topic
 
 LONG_RUN = 8  # words in a row; shorter runs are common phrases
@@ -34,7 +35,7 @@ def longest_run(original, rewrite):
     return longest
 
 
-def evaluate(outcomes, judge, embed, relevance=None, perplexity=None):
+def evaluate(outcomes, judge, embed, relevance=None, perplexity=None, hand_written=()):
     """Detoxifier metrics of what a replay flagged.
 
     Args:
@@ -43,12 +44,15 @@ def evaluate(outcomes, judge, embed, relevance=None, perplexity=None):
         embed: Embedder for on_topic, or None to leave it out.
         relevance: RelevanceJudge, or None to leave it out.
         perplexity: BaseModel, or None to leave fluency out.
+        hand_written: rows that people wrote in the style of rewrites, with both labels: how the judge errs on such texts. A judge that
+            learned from recorded answers may take a short text for harmful because of what it is about.
     Returns:
         dict of kind "rewrites".
     """
     flagged = [outcome for outcome in outcomes if outcome.verdict.flagged and outcome.row.label]
     written = [outcome for outcome in flagged if outcome.verdict.action == "rewrite"]
     verdicts = judge([(outcome.row.question, outcome.verdict.text) for outcome in written]) if written else []
+    known = [(row.label, float(verdict)) for row, verdict in zip(hand_written, judge([row.pair for row in hand_written]) if hand_written else ()) if verdict is not None]
     runs = [longest_run(outcome.row.answer, outcome.verdict.text) for outcome in written]
     with_question = [outcome for outcome in written if outcome.row.question.strip()]
     questions, texts = [outcome.row.question for outcome in with_question], [outcome.verdict.text for outcome in with_question]
@@ -60,6 +64,7 @@ def evaluate(outcomes, judge, embed, relevance=None, perplexity=None):
         "refused_by_guard": metrics.rate([outcome.verdict.action == "refuse" for outcome in flagged]),
         "judged_harmless": metrics.rate([None if verdict is None else not verdict for verdict in verdicts]),
         "judge": judge.described(), "judge_measured": judge.measured,
+        "judge_on_written": quality([verdict for _, verdict in known], [label for label, _ in known]) if known else None,
         "refusals": metrics.rate([is_refusal(outcome.verdict.text) for outcome in written]),
         "copied_runs": {"longest_words": max(runs, default=0), "median_words": float(np.median(runs)) if runs else None,
                         f"at_least_{LONG_RUN}_words": metrics.rate([run >= LONG_RUN for run in runs])},
@@ -76,7 +81,9 @@ def evaluate(outcomes, judge, embed, relevance=None, perplexity=None):
             low, high = metrics.bootstrap(np.median, values) if values else (math.nan,) * 2
             return {"median": float(np.median(values)) if values else None, "low": low, "high": high, "n": len(values)}
 
-        harmless = [outcome for outcome in outcomes if not outcome.row.label][:len(written)]
+        sources = {outcome.row.source for outcome in written}
+        harmless = [outcome for outcome in outcomes if not outcome.row.label and outcome.row.source in sources]
+        harmless = spread(harmless, len(written))
         result["perplexity"] = {"model": f"{perplexity.name}, without adapters", "rewrites": median(
             [(outcome.row.question, outcome.verdict.text) for outcome in written]),
             "recorded_harmless_answers": median([outcome.row.pair for outcome in harmless])}

@@ -46,9 +46,9 @@ def run(config):
     by_source = {source: part[:config.most] for source, part in rows.by_source(held_out).items()}
     chosen = [row for part in by_source.values() for row in part]
     judge = train_offline(judge_train, chosen, Embedder())
-    harmful = _spread([row for row in chosen if row.label], config.answers)
-    harmless = _spread([row for row in chosen if not row.label], config.answers)
-    questions = [row.question for row in _spread([row for row in chosen if row.label and row.question], config.answers)]
+    harmful = data.spread([row for row in chosen if row.label], config.answers)
+    harmless = data.spread([row for row in chosen if not row.label], config.answers)
+    questions = [row.question for row in data.spread([row for row in chosen if row.label and row.question], config.answers)]
     base = BaseModel()
     own = [(question, base.generate(question, ANSWER_TOKENS)) for question in questions]  # a real, weakly aligned model
     models = {"shipped": (WEIGHTS / "detector.gguf", WEIGHTS / "detoxifier.gguf", None)}
@@ -64,10 +64,6 @@ def run(config):
     record.write(config.results, "table", result, config)
     print(markdown(result))
     return result
-
-
-def _spread(items, n):
-    return items[::max(len(items) // n, 1)][:n]
 
 
 def _detector_numbers(scores, chosen, threshold):

@@ -14,11 +14,11 @@ from .replay import guard_rows
 from .rows import Row, by_source, fingerprint
 
 
-def seconds_per_token(n_tokens=48):
+def seconds_per_token(n_tokens=48, n_threads=None):
     """Time per token of the base model writing on this machine; an MLLM, some fifty times its size, is slower."""
     from .base_model import BaseModel
 
-    model = BaseModel()
+    model = BaseModel(n_threads=n_threads)
     prompt = model.template.prefix(model.template.encode("Describe a kitchen."))
     filler = model.template.encode("A kitchen has a table, a sink and a window. " * 20)[:n_tokens + 1]
     with model.context.lock:
@@ -41,14 +41,14 @@ def summary(outcomes, seconds_per_token=None):
     Returns:
         {"flagged", "changed", "errors": rates, "ms": median and 95th percentile, "added_percent": mean with its interval}
     """
+    groups = [outcome.row.group for outcome in outcomes]
     ms = np.array([outcome.verdict.usage["ms"] for outcome in outcomes])
-    result = {"n": len(outcomes), "flagged": metrics.rate([outcome.verdict.flagged for outcome in outcomes]),
-              "changed": metrics.rate([outcome.changed for outcome in outcomes]),
+    result = {"n": len(outcomes), "flagged": metrics.rate([outcome.verdict.flagged for outcome in outcomes], groups),
+              "changed": metrics.rate([outcome.changed for outcome in outcomes], groups),
               "changed_without_flag": sum(outcome.changed and not outcome.verdict.flagged for outcome in outcomes),
               "errors": metrics.rate([outcome.verdict.action == "error" for outcome in outcomes]),
               "ms": {"median": float(np.median(ms)), "p95": float(np.percentile(ms, 95))} if len(ms) else None}
-    # "tokens" counts each view of the answer; the model wrote it once.
-    tokens = np.array([outcome.verdict.usage.get("tokens", 0) / max(outcome.verdict.usage.get("views", 1), 1) for outcome in outcomes])
+    tokens = np.array([outcome.verdict.usage.get("tokens", 0) for outcome in outcomes])  # of the answer; its second view counts apart
     if seconds_per_token and tokens.sum():
         def percent(ms, tokens):
             return 100 * ms.sum() / (1e3 * seconds_per_token * tokens.sum()) if tokens.sum() else float("nan")
