@@ -1,11 +1,13 @@
 """OpenAI's chat format: which text of a request is the question, and every text of an answer through the guard.
 
-    request     question = text parts of the last user message; history = earlier (user, assistant) pairs;
+    request     question = texts of the user since the last answer; history = earlier (user, assistant) pairs;
                 prefill = an assistant message at the end: it is scored in front of what the model adds to it
     answer      content, reasoning_content, reasoning    guarded as they stream, each on its own
-                refusal, tool-call arguments             held until the choice ends, then scored whole
-                logprobs and other extras                dropped where they could show unscored text, and listed
+                refusal, tool calls                      held until the choice ends, then scored whole; so are names that say something
+                logprobs and other extras                dropped, for they could show unscored text, and listed
                 anything else                            the error policy
+
+The texts of a whole answer share one deadline; in a stream each text has its own, and what is held until the end shares one.
 
 Nothing here waits or does I/O: the server and the integrations run these functions in threads.
 """
@@ -16,15 +18,24 @@ import time
 from dataclasses import dataclass, field
 
 from .errors import ProtectorError
+from .guard import _checked
 from .stream import StreamGuard
 
 ACTIONS = ("pass", "rewrite", "refuse", "error")  # from the mildest
 MAX_EVENT_BYTES = 1 << 20  # of one server-sent event
+MAX_CALLS = 128  # tool calls of one choice; all they say together has at most the guard's max_bytes
 _STREAMED = ("reasoning_content", "reasoning", "content")
 _TEXTS = _STREAMED + ("refusal",)
 _ENVELOPE = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
 _REPEATS = ("annotations", "provider_specific_fields", "thinking_blocks")  # of other fields' text, or notes on it
-_NAME = re.compile(r"[\w.:/@+\\-]{0,200}")  # ids and function names: no room for a sentence
+_CALL_TEXTS = (("function", "arguments"), ("custom", "input"))  # kind of a tool call, and its field with text
+_NAME = re.compile(r"[\w.:/@+\\-]{0,200}")  # what a server writes around the choices
+# Names and ids of tool calls, which a model may write. OpenAI takes [A-Za-z0-9_-]{1,64} only, but other servers pass on what MCP
+# allows: dots, slashes, 128 characters. That has room for a sentence, so what looks like one is scored.
+_CALL_NAME = re.compile(r"[A-Za-z0-9_.:/@+-]{0,128}")
+_SPEAKS = re.compile(r"[A-Za-z]+(?:[^A-Za-z0-9]+[A-Za-z]+){3}|[A-Za-z]{20}")  # four words, or twenty letters in a row
+_BORDERS = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])")  # between the words of a name
+_ESCAPES = re.compile(r'(?:\\(?:u[0-9A-Fa-f]{4}|["\\/bfnrt]))+')  # of JSON; a run, because two make one letter beyond U+FFFF
 _IDENTIFIER = re.compile(r"[a-z_]{1,40}")
 
 
@@ -83,18 +94,34 @@ def read_request(payload, max_choices=8):
         raise BadRequest(f"chat: n must be an integer from 1 to {max_choices}.")
     if stream is not None and not isinstance(stream, bool):
         raise BadRequest("chat: stream must be true or false.")
-    question, history, prefill = "", [], ""
+    _check_case(payload, "messages", "n", "stream")
+    asked, is_answered, history, prefill = [], False, [], ""  # asked: texts of the user since the last answer
     for position, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRequest("chat: each message must be an object with a role.")
+        _check_case(message, "role", "content")
         text = _request_text(message.get("content"))
         if message["role"] == "user":
-            question = text
+            if is_answered:
+                asked, is_answered = [], False
+            asked.append(text)
         elif message["role"] == "assistant" and position == len(messages) - 1:
             prefill = text
-        elif message["role"] == "assistant" and text:
-            history.append((question, text))
-    return ChatRequest(question, tuple(history), prefill, n or 1, bool(stream))
+        elif message["role"] == "assistant" and text:  # without text it is no answer that could part two questions
+            history.append((_joined(asked), text))
+            is_answered = True
+    return ChatRequest(_joined(asked), tuple(history), prefill, n or 1, bool(stream))
+
+
+def _joined(texts):
+    return "\n".join(filter(None, texts))
+
+
+def _check_case(fields, *names):
+    """Refuse fields that some readers take for these: Go's encoding/json matches names without case, and the last one wins."""
+    for key in fields:
+        if key not in names and key.casefold() in names:
+            raise BadRequest(f"chat: field {key.casefold()} must be written in lower case.")
 
 
 def _request_text(content):
@@ -107,11 +134,12 @@ def _request_text(content):
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise BadRequest("chat: each content part must be an object with a type.")
+        _check_case(part, "type", "text")
         if part["type"] in ("text", "input_text"):
             if not isinstance(part.get("text"), str):
                 raise BadRequest("chat: a text part must have a text.")
             texts.append(part["text"])
-    return "\n".join(texts)
+    return _joined(texts)
 
 
 # -- reading answers
@@ -132,7 +160,7 @@ def _read(message):
         elif value is None or value in ("", [], {}):
             continue
         elif key == "tool_calls":
-            if not isinstance(value, list):
+            if not isinstance(value, list) or len(value) > MAX_CALLS:
                 raise _Unreadable
             parts.calls = [_read_call(call, position) for position, call in enumerate(value)]
         elif key in _REPEATS or key == "function_call" and message.get("tool_calls"):
@@ -160,29 +188,46 @@ def _read_call(call, position):
     if not isinstance(call, dict) or set(call) - {"index", "id", "type", "function", "custom"}:
         raise _Unreadable
     index, body = call.get("index", position), {}
-    if not isinstance(index, int):
+    if not isinstance(index, int) or call.get("type") not in (None, "", "function", "custom"):
         raise _Unreadable
-    for kind, text_field in (("function", "arguments"), ("custom", "input")):
+    for kind, text_field in _CALL_TEXTS:
         inner = call.get(kind)
         if inner is None:
             continue
         if not isinstance(inner, dict) or set(inner) - {"name", text_field} or not isinstance(inner.get(text_field) or "", str):
             raise _Unreadable
-        body[kind] = {"name": _name(inner.get("name")), text_field: inner.get(text_field) or ""}
-    return {"index": index, "id": _name(call.get("id")), "type": _name(call.get("type")), **body}
+        body[kind] = {"name": _call_name(inner.get("name")), text_field: inner.get(text_field) or ""}
+    return {"index": index, "id": _call_name(call.get("id")), "type": call.get("type"), **body}
 
 
-def _name(value):
-    if value is not None and not (isinstance(value, str) and _NAME.fullmatch(value)):
+def _call_name(value):
+    if value is not None and not (isinstance(value, str) and _CALL_NAME.fullmatch(value)):
         raise _Unreadable
     return value
 
 
-def _call_text(call):
-    """What a tool call says: its arguments, or, where JSON hides letters in escapes, the strings in them."""
-    text = "".join(call[kind][text_field] for kind, text_field in (("function", "arguments"), ("custom", "input")) if kind in call)
+def _n_chars(call):
+    """Characters of a tool call's text."""
+    return sum(len(call[kind][text_field]) for kind, text_field in _CALL_TEXTS if kind in call)
+
+
+def _call_texts(call):
+    """What a tool call says, in each form that must be scored: its arguments or input, and again behind names that say something.
+
+    Trap: not only behind them. A harmless name in front hides harm: with "final answer" 20 of the self-test's 40 harmful answers
+    were flagged as arguments, without it 25.
+    """
+    texts = _unescaped("".join(call[kind][text_field] for kind, text_field in _CALL_TEXTS if kind in call))
+    names = [call["id"] or ""]  # as it is: the digits of a random one part no words
+    names += [_BORDERS.sub(" ", call[kind]["name"] or "") for kind, _ in _CALL_TEXTS if kind in call]
+    said = _BORDERS.sub(" ", " ".join(filter(_SPEAKS.search, names))).strip()
+    return texts + [f"{said} {texts[-1]}"] if said else texts
+
+
+def _unescaped(text):
+    """[text]; where JSON hides letters in escapes, [the strings in it]; where that is broken or cut, [text, text without escapes]."""
     if "\\" not in text:
-        return text
+        return [text]
     strings = []
 
     def collect(value):
@@ -193,10 +238,10 @@ def _call_text(call):
                 collect(item)
 
     try:
-        collect(json.loads(text, object_pairs_hook=list))
-    except (ValueError, RecursionError):
-        return text
-    return "\n".join(strings)
+        collect(json.loads(text, strict=False, object_pairs_hook=list))  # not strict: readers take raw line ends in strings
+    except (ValueError, RecursionError):  # readers may still take what there is of it
+        return [text, _ESCAPES.sub(lambda match: json.loads(f'"{match[0]}"'), text)]
+    return ["\n".join(strings)]
 
 
 def _envelope(response, dropped):
@@ -228,8 +273,8 @@ def _finish_reason(value):
 
 def _unreadable(protector):
     """The error policy for an answer that can't be read; raises if that is the policy. Nothing of the answer goes out."""
-    protector._failed(("", "", ()), UpstreamError("chat: an answer must consist of known parts, got another one."),
-                      time.monotonic())
+    rule = f"chat: an answer must have known parts only, and at most {MAX_CALLS} tool calls of max_bytes together; got another one."
+    protector._failed(("", "", ()), UpstreamError(rule), time.monotonic())
 
 
 def _worse(first, second):
@@ -244,6 +289,24 @@ def _note(protector, action, flagged, dropped, score=None):
     if dropped:
         note["dropped"] = sorted(dropped)
     return note
+
+
+def _guard(protector, request, text, deadline):
+    """protector.guard() with a deadline that other texts share."""
+    return protector._guard(_checked(request.question, text, request.history), deadline)
+
+
+def _guard_calls(protector, request, calls, deadline):
+    """(whether the calls may go out, action, flagged, score); one bad call is enough: there is no half of what was to be done."""
+    kept, action, flagged, score = True, "pass", False, None
+    for text in (text for call in calls for text in _call_texts(call)):
+        verdict = _guard(protector, request, text, deadline)
+        kept = verdict.text == text
+        action = _worse(action, verdict.action if kept or verdict.action == "error" else "refuse")
+        flagged, score = flagged or verdict.flagged, _larger(score, verdict.score)
+        if not kept:
+            break
+    return kept, action, flagged, score
 
 
 # -- whole answers
@@ -278,42 +341,38 @@ def _guard_choice(protector, request, choice, position, dropped):
     choice = choice if isinstance(choice, dict) else {}
     index = choice.get("index") if isinstance(choice.get("index"), int) else position
     dropped = dropped | {_label(key) for key, value in choice.items()
-                         if key not in ("index", "message", "finish_reason", "logprobs") and value not in (None, "", [], {})}
+                         if key not in ("index", "message", "finish_reason") and value not in (None, "", [], {})}
     try:
         parts = _read(choice.get("message"))
+        if sum(map(_n_chars, parts.calls)) > protector.max_bytes:
+            raise _Unreadable
     except _Unreadable:
         _unreadable(protector)
         return {"index": index, "message": refused, "finish_reason": "content_filter",
                 "protector": _note(protector, "error", False, dropped)}
     dropped |= parts.dropped
     message, action, flagged, filtered, top = {"role": "assistant", "content": None}, "pass", False, False, None
+    deadline = protector._deadline()
     for channel, text in parts.texts.items():
         whole = (request.prefill if channel == "content" else "") + text
-        verdict = protector.guard(request.question, whole, request.history)
+        verdict = _guard(protector, request, whole, deadline)
         kept = verdict.text == whole
         filtered = filtered or not kept and verdict.action != "rewrite"
         message[channel] = parts.values[channel] if kept else verdict.text
         action, flagged, top = _worse(action, verdict.action), flagged or verdict.flagged, _larger(top, verdict.score)
         if channel == "content" and not kept and verdict.action != "rewrite":
             parts.calls = []  # the answer is refused, and what it wanted done with it
-    for call in parts.calls:
-        text = _call_text(call)
-        verdict = protector.guard(request.question, text, request.history)
-        flagged, top = flagged or verdict.flagged, _larger(top, verdict.score)
-        if verdict.text != text:  # there is no such thing as half a call
-            message, action, filtered = refused, "error" if verdict.action == "error" else "refuse", True
-            parts.calls = []
-            break
     if parts.calls:
-        message["tool_calls"] = [{key: value for key, value in call.items() if key != "index" and value is not None}
-                                 for call in parts.calls]
-    guarded = {"index": index, "message": message,
-               "finish_reason": "content_filter" if filtered else _finish_reason(choice.get("finish_reason"))}
-    if choice.get("logprobs") and action == "pass":
-        guarded["logprobs"] = choice["logprobs"]
-    elif choice.get("logprobs"):
-        dropped.add("logprobs")
-    return {**guarded, "protector": _note(protector, action, flagged, dropped, top)}
+        kept, calls_action, calls_flagged, score = _guard_calls(protector, request, parts.calls, deadline)
+        action, flagged, top = _worse(action, calls_action), flagged or calls_flagged, _larger(top, score)
+        if kept:
+            message["tool_calls"] = [{key: value for key, value in call.items() if key != "index" and value is not None}
+                                     for call in parts.calls]
+        else:
+            message, filtered = refused, True
+    return {"index": index, "message": message,
+            "finish_reason": "content_filter" if filtered else _finish_reason(choice.get("finish_reason")),
+            "protector": _note(protector, action, flagged, dropped, top)}
 
 
 def _larger(first, second):
@@ -530,16 +589,17 @@ class _Choice:
     def _call(self, piece):
         if self.ended:
             return
+        if piece["index"] not in self.calls and len(self.calls) == MAX_CALLS:
+            return self.refuse()
         call = self.calls.setdefault(piece["index"], {"index": piece["index"], "id": None, "type": None})
         for key in ("id", "type"):
             call[key] = call[key] or piece[key]
-        for kind, text_field in (("function", "arguments"), ("custom", "input")):
+        for kind, text_field in _CALL_TEXTS:
             if kind in piece:
                 inner = call.setdefault(kind, {"name": None, text_field: ""})
                 inner["name"] = inner["name"] or piece[kind]["name"]
                 inner[text_field] += piece[kind][text_field]
-                self._hold(len(piece[kind][text_field]))
-        self._hold(1)
+        self._hold(1 + _n_chars(piece))
 
     def _hold(self, n_chars):
         """Count what waits for the end: an upstream can't make it grow without bound."""
@@ -589,31 +649,28 @@ class _Choice:
         """Score what is held back, send it, and end the choice."""
         if self.ended:
             return
-        request = self.stream.request
         self._close_channel()
+        request, deadline = self.stream.request, self.protector._deadline()
         for channel, text in self.held.items():
             if self.ended or channel in self.replaced:
                 continue
             whole = self.scored.get(channel, "") + text
-            verdict = self.protector.guard(request.question, whole, request.history)
+            verdict = _guard(self.protector, request, whole, deadline)
             self.score = _larger(self.score, verdict.score)
             if verdict.text == whole:
                 self.action, self.flagged = _worse(self.action, verdict.action), self.flagged or verdict.flagged
                 self._release(channel, text)
             else:
                 self._replace(channel, verdict.action, verdict.text)
-        for call in self.calls.values():
-            if self.ended:
-                return
-            text = _call_text(call)
-            verdict = self.protector.guard(request.question, text, request.history)
-            self.score = _larger(self.score, verdict.score)
-            if verdict.text != text:
-                self._replace("content", "error" if verdict.action == "error" else "refuse", self.protector.refusal)
-            self.flagged |= verdict.flagged
-        if not self.ended and self.calls:
-            self._delta({"tool_calls": [{key: value for key, value in call.items() if value is not None}
-                                        for call in self.calls.values()]})
+        if self.calls and not self.ended:
+            kept, action, flagged, score = _guard_calls(self.protector, request, self.calls.values(), deadline)
+            self.flagged, self.score = self.flagged or flagged, _larger(self.score, score)
+            if kept:
+                self.action = _worse(self.action, action)
+                self._delta({"tool_calls": [{key: value for key, value in call.items() if value is not None}
+                                            for call in self.calls.values()]})
+            else:
+                self._replace("content", action, self.protector.refusal)
         self._end(reason)
 
     def refuse(self):

@@ -17,6 +17,7 @@ import re
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +33,7 @@ logger = logging.getLogger("protector")
 REFUSAL = "I can't help with that, but I'm glad to help with a safe alternative."
 MAX_BYTES = 256 * 1024  # an answer above this isn't tokenised: the error policy answers
 _TOKEN_CHARS = 64  # of a question and of earlier turns, n tokens are looked for in the last 64 n characters
+_ASK_S = 0.01  # between two looks at the deadline while the detoxifier loads
 _MARK = re.compile(r"<\|\w{1,24}\|>|</?s>")  # a rewrite that spells one ended there
 
 
@@ -70,7 +72,7 @@ class Protector:
         on_flag: "rewrite" | "refuse" | "report" (report returns the answer as it is, flagged).
         on_error: "refuse" | "raise" | "pass"; "pass" lets the original through unguarded, logged as critical.
         refusal: the sentence that stands in for an answer.
-        deadline_ms: for one answer, checked between windows and between generated tokens; None = no limit.
+        deadline_ms: for one answer, checked between windows, between generated tokens and while a model is busy or loads; None = no limit.
         rewrite_attempts: rewrites that are tried before the refusal.
         max_bytes: longest answer in bytes of UTF-8; above it the error policy answers.
         window, overlap: answer tokens per scored sequence, and shared by neighbours; None takes the model's own.
@@ -105,7 +107,7 @@ class Protector:
         if not 0 <= self.overlap < self.window <= limits.window:
             raise ValueError(f"Protector: overlap < window <= {limits.window} must hold, got {self.overlap} and {self.window}.")
         self._detoxifier, self._detoxifier_source = None, WEIGHTS / "detoxifier.gguf" if detoxifier is None else detoxifier
-        self._detoxifier_options = detoxifier_options or {}
+        self._detoxifier_options, self._loader = detoxifier_options or {}, ThreadPoolExecutor(1)
         if detoxifier is not None and detoxifier is not False:
             self.detoxifier  # a wrong file is an error now, not at the first flag
         self.thresholds = {kind: self._threshold(kind, threshold, fpr) for kind in ("pair", "answer")}
@@ -117,6 +119,18 @@ class Protector:
             if self._detoxifier is None and self._detoxifier_source is not False:
                 self._detoxifier = _detoxifier(self._detoxifier_source, self.backend, self._detoxifier_options)
             return self._detoxifier
+
+    def _detoxifier_in_time(self, deadline):
+        """The detoxifier. It loads in another thread, which goes on for the next answer where this one can't wait."""
+        if deadline is None or self._detoxifier is not None or self._detoxifier_source is False:
+            return self.detoxifier
+        loading = self._loader.submit(lambda: self.detoxifier)
+        try:
+            while not wait([loading], _ASK_S).done:
+                deadline()
+        finally:
+            loading.cancel()  # does nothing where it has begun
+        return loading.result()
 
     def _threshold(self, input_kind, threshold, fpr):
         if threshold is not None:
@@ -164,8 +178,10 @@ class Protector:
             TypeError: q, a or history is of a wrong type.
             ProtectorError and others: only with on_error="raise".
         """
-        item = _checked(q, a, history)
-        start, deadline = time.monotonic(), self._deadline()
+        return self._guard(_checked(q, a, history), self._deadline())
+
+    def _guard(self, item, deadline):
+        start = time.monotonic()
         try:
             scored = self._score(item, deadline)
         except Exception as error:  # the policy answers, whatever it was
@@ -336,7 +352,7 @@ class Protector:
     def _rewrite(self, item, window, threshold, usage, deadline):
         """(accepted rewrite or None, score of the last one tried)."""
         q, a, history = item
-        detoxifier = self.detoxifier
+        detoxifier = self._detoxifier_in_time(deadline)
         if detoxifier is None:
             return None, None
         limits, last = detoxifier.limits, None

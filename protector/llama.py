@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import numpy as np
 from . import gguf
 from .base import SHA256, base_path, cache_dir, file_sha256
 from .engine import llama_cpp
-from .errors import DeadlineExceeded, ModelError
+from .errors import ModelError
 from .head import harm_score
 from .template import MAX_HISTORY_TOKENS, Template
 
@@ -35,6 +36,7 @@ _CACHES = 4  # that streams are spread over: attention reads a whole cache, the 
 _STREAMS = 2  # streams of the greatest length that one of them has room for
 _PLACES = 16  # streams that it may hold at one time while they are shorter
 _GATHER_S = 1e-3  # between two looks whether more streams have come
+_ASK_S = 0.01  # between two looks at the deadline while another thread has the model
 _TRIAL_S = 600  # longest trial of a model file
 _TRIAL = """
 import os, sys
@@ -182,6 +184,11 @@ class LlamaTokenizer:
         return bool(llama_cpp.llama_vocab_is_control(self._vocab, token))
 
 
+def _acquire(lock, deadline):
+    while not lock.acquire(timeout=_ASK_S if deadline else -1):
+        deadline()
+
+
 class _Context:
     """One llama.cpp context: weights, an optional adapter, a KV cache, and a lock around them."""
 
@@ -197,7 +204,7 @@ class _Context:
             # Its CPU kernel sums values in float16, in an order that depends on the batch: logits of one text differed by 8e-3
             # between a stream and the whole, and by 4e-4 without it. It would be 7 % faster.
             options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.weights, self._lock, self.n_ctx, self.pid = weights, threading.RLock(), n_ctx, os.getpid()
+        self.weights, self._lock, self._next, self.n_ctx, self.pid = weights, threading.RLock(), threading.Lock(), n_ctx, os.getpid()
         self.pointer = llama_cpp.llama_init_from_model(weights.pointer, options)
         if not self.pointer:
             raise ModelError(f"load: llama.cpp must get memory for {n_ctx} tokens, got none ({'; '.join(_log_lines)}).")
@@ -224,6 +231,24 @@ class _Context:
         if self.pid != os.getpid():
             raise ModelError("decode: model must be loaded in the process that uses it, got a fork. Load it after the fork.")
         return self._lock
+
+    @contextmanager
+    def turn(self, deadline=None):
+        """Hold the lock. Whoever waits comes before a holder that wants it again, which a lock alone would let back in.
+
+        Args:
+            deadline: called while it waits; raises to stop.
+        """
+        lock = self.lock
+        _acquire(self._next, deadline)
+        try:
+            _acquire(lock, deadline)
+        finally:
+            self._next.release()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def decode(self, entries):
         """Run (token, position, sequence, wants_output) entries, at most one batch; raises if llama.cpp fails."""
@@ -322,7 +347,7 @@ class LlamaDetector:
 
         Args:
             sequences: list of lists of token ids, each at least one long.
-            deadline: called before each decode; raises to stop.
+            deadline: called before each decode, and while another thread has the model; raises to stop.
         Returns:
             (n,) float32, one per sequence.
         """
@@ -332,53 +357,60 @@ class LlamaDetector:
     def running_logits(self, sequences, starts, deadline=None):
         """Harm logits at every token of each sequence from its start on.
 
+        Another thread that waits gets its turn after each group that the cache holds at one time.
+
         Args:
             sequences, deadline: as of logits.
             starts: for each sequence the index of the first token with a score.
         Returns:
             list of (len(ids) - start,) float32.
         """
-        with self.context.lock:
-            self.context.clear()
-            parts = [[] for _ in sequences]
-            entries, owners, n_sequences = [], [], 0  # owners: the sequence of each entry
-
-            def flush():
-                if deadline:
-                    deadline()
-                self.context.decode(entries)
-                scored = [i for i, entry in enumerate(entries) if entry[3]]
-                if scored:
-                    logits = self._head(np.stack([self.context.hidden(i) for i in scored]))  # (n, d) -> (n,)
-                    for i, logit in zip(scored, logits):
-                        parts[owners[i]].append(logit)
-                entries.clear()
-                owners.clear()
-
-            for index, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
-                if n_sequences == _SEQUENCES or (entries and len(entries) + len(ids) > _BATCH_TOKENS):
-                    flush()
-                    self.context.clear()
-                    n_sequences = 0
-                for position, token in enumerate(ids):
-                    if len(entries) == _BATCH_TOKENS:
-                        flush()
-                    entries.append((token, position, n_sequences, position >= start))
-                    owners.append(index)
-                n_sequences += 1
-            if entries:
-                flush()
-            self.context.clear()
-            return [np.array(part, np.float32) for part in parts]
+        parts = []
+        for group in _groups(zip(sequences, starts, strict=True)):
+            entries = [(token, position, sequence, position >= start)
+                       for sequence, (ids, start) in enumerate(group) for position, token in enumerate(ids)]
+            with self.context.turn(deadline):
+                self.context.clear()
+                logits = self._read(self.context, entries, deadline)
+            ends = np.cumsum([len(ids) - start for ids, start in group])
+            parts += np.split(np.array(logits, np.float32), ends[:-1])
+        return parts
 
     def open(self):
         """A cursor for one stream: its own sequence in one of the caches that all streams share."""
         self.context.lock  # an error in a fork
         return _Cursor(self, self._streams)
 
+    def _read(self, context, entries, deadline=None):
+        """Logits of the entries that want an output, decoded batch by batch."""
+        logits = []
+        for begin in range(0, len(entries), _BATCH_TOKENS):
+            if deadline:
+                deadline()
+            part = entries[begin:begin + _BATCH_TOKENS]
+            context.decode(part)
+            hidden = [context.hidden(i) for i, entry in enumerate(part) if entry[3]]  # n of (d,)
+            if hidden:
+                logits.extend(self._head(np.stack(hidden)))
+        return logits
+
     def _head(self, hidden):
         """(n, d) hidden states -> (n,) logits."""
         return harm_score(hidden, self.metadata.head_weight, self.metadata.head_bias, output="logit").values
+
+
+def _groups(sequences):
+    """Lists of (ids, start) that the cache holds at one time: what one batch has room for, behind the end of one that is longer, too."""
+    group, n_tokens = [], 0
+    for ids, start in sequences:
+        n_last = n_tokens and (n_tokens - 1) % _BATCH_TOKENS + 1  # in the last batch
+        if len(group) == _SEQUENCES or n_last and n_last + len(ids) > _BATCH_TOKENS:
+            yield group
+            group, n_tokens = [], 0
+        group.append((ids, start))
+        n_tokens += len(ids)
+    if group:
+        yield group
 
 
 class _Step:
@@ -515,18 +547,13 @@ class _Cursor:
 
     def _decode(self, steps):
         """Score steps of one cache; before its own ids each decodes what the cache doesn't hold of the ids before them."""
-        context, logits, entries = steps[0].cursor.cache.context, [], []
+        entries = []
         for step in steps:
             cursor, n = step.cursor, step.cursor.n_cached
             entries += [(token, position, cursor.sequence, position >= len(cursor.ids))
                         for position, token in enumerate(cursor.ids[n:] + step.ids, n)]
         try:
-            for begin in range(0, len(entries), _BATCH_TOKENS):
-                part = entries[begin:begin + _BATCH_TOKENS]
-                context.decode(part)
-                hidden = [context.hidden(i) for i, entry in enumerate(part) if entry[3]]  # n of (d,)
-                if hidden:
-                    logits.extend(self.detector._head(np.stack(hidden)))
+            logits = self.detector._read(steps[0].cursor.cache.context, entries)
         except BaseException:
             for step in steps:
                 step.cursor._leave()  # the cache may hold some of them
@@ -590,7 +617,7 @@ class LlamaDetoxifier:
             max_tokens: most tokens to write; the room for them is there beside any prompt within the limits.
             temperature: 0 = greedy.
             seed: of sampling.
-            deadline: called before each token; raises to stop.
+            deadline: called before each token, and while another thread has the model; raises to stop.
         Returns:
             (text, number of tokens written, finished): finished is False if the end mark didn't come.
         """
@@ -598,7 +625,7 @@ class LlamaDetoxifier:
             raise ValueError(f"generate: prompt and max_tokens must fit {self.context.n_ctx} tokens, got "
                              f"{len(prompt)} + {max_tokens}. Shorten the prompt.")
         rng = np.random.default_rng(seed)
-        with self.context.lock:
+        with self.context.turn(deadline):
             self.context.clear()
             for start in range(0, len(prompt), _BATCH_TOKENS):
                 if deadline:

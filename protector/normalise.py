@@ -18,14 +18,20 @@ _LETTER = _LATIN + "\u0370-\u052f\u1f00-\u1fff"  # and Greek and Cyrillic, which
 _MARK = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
 # What changes an ASCII text, roughly: a text without any of it is its own view, and most answers end here.
 _ODD_ASCII = re.compile(r"&[#A-Za-z]|%[0-9A-Fa-f]{2}|[A-Za-z][0-9@$!]+[A-Za-z]|[0-9@$][A-Za-z]+[0-9@$]|[A-Za-z0-9+/_-]{16}|[A-Z]{4}|[a-z][A-Z]"
-                        r"|(?:[0-9A-Fa-f]{2}[ :]){11}|\b[A-Za-z][ .\-_*|/,][A-Za-z][ .\-_*|/,][A-Za-z]\b|   |[\x0b\x0c\x1c-\x1f]")
+                        r"|(?:[0-9A-Fa-f]{2}[ :]){11}|\b[A-Za-z][ .\-_*|/,][A-Za-z][ .\-_*|/,][A-Za-z]\b|   "
+                        r"|\\u[0-9A-Fa-f]{4}|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TAG = re.compile("[\U000e0000-\U000e007f]+")  # invisible copies of ASCII
 _SELECTOR = re.compile("[\U000e0100-\U000e01ef]+")  # variation selectors 17 to 256, which can carry the bytes 16 to 255
+# Unicode's default ignorables, less the two above.
 _INVISIBLE = re.compile("[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-                        "\ufe00-\ufe0f\ufeff\uffa0]+")
+                        "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+                        "\U000e0080-\U000e00ff\U000e01f0-\U000e0fff]+")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufff9-\ufffb]+")  # less white space: no script needs these
+_OVERRIDE = re.compile("\u202e([^\n\r\x85\u2028\u2029\u202a-\u202e\u2066-\u2069]*)\u202c?")  # to its end, the next control or the line's
 _IS_LETTER = re.compile(f"[{_LETTER}]").match
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});?")
 _PERCENT = re.compile(r"%[0-9A-Fa-f]{2}")
+_ESCAPES = re.compile(r"(?:\\u[0-9A-Fa-f]{4})+")  # of JSON and most languages; a run, as two of them can be one character
 _BASE64 = re.compile(r"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{16,}={0,2}(?![A-Za-z0-9+/_=-])")
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:0x)?(?:[0-9A-Fa-f]{2}[ :]?){12,}(?![0-9A-Za-z])")
 _MARKED = re.compile(f"[{_LETTER}][{_MARK}]+")
@@ -70,9 +76,9 @@ _PLAIN = _Plain({ord(char): char for char in "™℠ªº№℃℉ℹ"} | {0x1F15
 def normalised(text):
     """The text with disguises taken off: one pass of linear steps; the result is at most about twice as long.
 
-    HTML entities, percent, base64 and hex encodings are decoded once. Invisible characters, stacked marks, compatibility
-    forms, lookalikes, letter spacing, leetspeak, odd white space and odd case are made plain. A message hidden in tag
-    characters or variation selectors is put at the end.
+    HTML entities, percent, JSON escapes, base64 and hex are decoded once. Control and invisible characters, text that an
+    override shows from right to left, stacked marks, compatibility forms, lookalikes, letter spacing, leetspeak, odd white
+    space and odd case are made plain. A message hidden in tag characters or variation selectors is put at the end.
 
     Args:
         text: str, well formed.
@@ -87,7 +93,11 @@ def normalised(text):
     text = _ENTITY.sub(lambda match: html.unescape(match.group()), text)
     if len(_PERCENT.findall(text)) >= 3:
         text = unquote(text, errors="ignore")
+    if sum(map(len, _ESCAPES.findall(text))) >= 18:  # three of them
+        text = _ESCAPES.sub(_from_escapes, text)
+    text = _CONTROL.sub("", text)
     if not text.isascii():
+        text = _OVERRIDE.sub(_as_shown, text)
         text = _INVISIBLE.sub(_visible, text).translate(_PLAIN)
     text = _BASE64.sub(_from_base64, text)
     text = _HEX.sub(_from_hex, text)
@@ -95,7 +105,7 @@ def normalised(text):
         text = _MARKED.sub(_without_marks, text)
         text = _without_accents(text)
         text = _WORD.sub(_plain_word, text)
-        text = _ODD_SPACE.sub(" ", text)
+    text = _ODD_SPACE.sub(" ", text)
     text = _without_spacing(text)
     text = _without_leet(text)
     text = _plain_case(text)
@@ -115,6 +125,12 @@ def _without_hidden(text):
     spelled += "\n" + bytes(ord(char) - 0xE0100 + 16 for char in selectors).decode("utf-8", "ignore")
     spelled = "".join(char for char in spelled if char.isprintable() or char == "\n").strip()
     return _SELECTOR.sub("", _TAG.sub("", text)), spelled
+
+
+def _as_shown(match):
+    """What an override turns around, from left to right again; Hebrew and Arabic run the other way without one."""
+    run = match[1]
+    return run[::-1] if any(unicodedata.bidirectional(char) == "L" for char in run) else match.group()
 
 
 def _visible(match):
@@ -184,6 +200,10 @@ def _plain_case(text):
     letters = upper + sum(map(str.islower, text))
     is_odd = letters >= 8 and (upper > 0.7 * letters or len(re.findall("[a-z][A-Z]", text)) > letters / 5)
     return text.lower() if is_odd else text
+
+
+def _from_escapes(match):
+    return bytes.fromhex(match.group().replace("\\u", "")).decode("utf-16-be", "ignore")  # half a pair is no character
 
 
 def _from_base64(match):

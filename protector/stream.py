@@ -20,6 +20,7 @@ Windows are those of template.windows: at a window's end the cache starts anew w
 """
 import asyncio
 import inspect
+import logging
 import math
 import re
 import threading
@@ -29,11 +30,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from .errors import DeadlineExceeded
-from .guard import Verdict, _check_length, _checked, _finite, _sigmoid, _TooLong
+from .guard import Verdict, _check_length, _checked, _describe, _finite, _sigmoid, _TooLong
 from .normalise import normalised
 from .running import LOOK_BACK, Running
 from .template import well_formed
 
+logger = logging.getLogger("protector")
 STEP_TOKENS = 9  # scored in one step, while more text comes; the last step takes what there is
 VIEW_TOKENS = 32  # a disguised stream's normalised view is scored at the step's end at which so many tokens have come
 VIEW_CHARS = 1024  # of the text before these tokens are read with them
@@ -50,6 +52,10 @@ def safe_cut(template):
     """Pattern of the places where no token of this template's tokeniser crosses."""
     joins = any(template.encode(sign + "\n") != template.encode(sign) + template.encode("\n") for sign in ".,;:)}>")
     return _SAFE_CUT_IN_LINE if joins else _SAFE_CUT
+
+
+class _Closed(BaseException):
+    """Ends the step under way; no error, so that no policy sees it."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,10 @@ class StreamGuard:
 
     def finish(self):
         """Score what is left and return the last events; the last one carries the verdict."""
-        return self._step(self._finish)
+        events = self._step(self._finish)
+        if events and not self.done:  # an error just now, under "pass"
+            events = self._step(lambda: self._end(replace(events[0], verdict=self._unguarded)))
+        return events
 
     def expire(self):
         """End by the error policy: the deadline passed while no chunk came."""
@@ -120,7 +129,7 @@ class StreamGuard:
 
     def close(self):
         """Free the cache; called at the end, and when the client leaves in the middle. Waits for a step that runs."""
-        self._is_closing = True  # seen by that step between windows
+        self._is_closing = True  # seen by that step between windows and while it waits for the model
         with self._lock:
             self._end()
 
@@ -135,17 +144,25 @@ class StreamGuard:
                 return []
             try:
                 events = work()
+            except _Closed:
+                return []
             except Exception as error:
                 events = self._fail(error)
             return [] if self._is_closing else events
+
+    def _check(self):
+        """Called between parts of a step; raises to stop it."""
+        if self._is_closing:
+            raise _Closed
+        if self._deadline:
+            self._deadline()
 
     def _push(self, chunk):
         self._chunks.append(chunk)
         if self._unguarded is not None:
             self.released += len(chunk)
             return [Event(chunk)]
-        if self._deadline:
-            self._deadline()
+        self._check()
         # The whole is not encoded again for each chunk.
         _check_length(chunk, self.protector.max_bytes)
         self._n_bytes += len(chunk.encode("utf-8", "surrogatepass"))
@@ -177,15 +194,18 @@ class StreamGuard:
             return self._pass(0.0, flagged=False)
         self._wait("".join(self._pending))
         self._feed_waiting()
-        whole, raw = self._whole, well_formed(text)
+        score = max(self._whole, self._alarm)
+        if self._refuses(score):
+            return self._flag(score)
+        raw = well_formed(text)
         view = normalised(raw)
         if view != raw and view.strip():
-            whole = max(whole, self._score_view(view))
-        flagged = whole >= self.threshold or self._alarm > 0
-        score = max(whole, self._alarm)
-        if flagged and self.protector.on_flag != "report":
-            return self._flag(score)
-        return self._pass(score, flagged)
+            score = max(score, self._score_view(view))
+        return self._flag(score) if self._refuses(score) else self._pass(score, score >= self.threshold)
+
+    def _refuses(self, score):
+        """Whether an answer with this score is kept back."""
+        return score >= self.threshold and self.protector.on_flag != "report"
 
     @property
     def _whole(self):
@@ -246,8 +266,7 @@ class StreamGuard:
             self._cursor = self.protector.detector.open()
             self._cursor.start(self._prefix)
         while ids and not self._stops:
-            if self._deadline:
-                self._deadline()
+            self._check()
             room = self._window_start + window - len(self._ids)
             if room == 0:
                 self._end_look()
@@ -302,10 +321,10 @@ class StreamGuard:
             self._view_at, self._tail, self._is_disguised = len(self._ids), self._tail[-VIEW_CHARS:], False
 
     def _score_view(self, view):
-        return self.protector._score((self.q, view, self.history), self._deadline, views=(view,))[0]
+        return self.protector._score((self.q, view, self.history), self._check, views=(view,))[0]
 
     def _release(self):
-        if self._scored(lambda running: running.last) >= self.threshold and self.protector.on_flag != "report":
+        if self._refuses(self._scored(lambda running: running.last)):
             return []
         due = []
         while (self._held and self._held[0][1] <= len(self._ids) - self.hold
@@ -319,7 +338,7 @@ class StreamGuard:
         self._is_flagged = True
         item = (self.q, self.text[:self._n_fed], self.history)
         verdict = self.protector._decide(item, max(score, self.threshold), self._usage(), (self._ids, self._window_start),
-                                         self._deadline, self._start_s)
+                                         self._check, self._start_s)
         return self._end(Event(self._separator + verdict.text, verdict))
 
     def _pass(self, score, flagged):
@@ -328,8 +347,9 @@ class StreamGuard:
         return self._end(Event(text[self.released:], verdict))
 
     def _fail(self, error):
-        """The error policy in mid-stream: held text leaves only under "pass", and never after an alarm."""
-        protector = self.protector
+        """The error policy in mid-stream: held text leaves only under "pass", and never once the score reached the threshold."""
+        protector, score = self.protector, max(self._whole, self._alarm)
+        self._is_flagged = self._is_flagged or self._refuses(score)
         if protector.on_error == "raise" or not self._is_flagged:
             try:
                 text = self.text if protector.on_error == "pass" else ""  # a huge one isn't joined to be thrown away
@@ -338,7 +358,9 @@ class StreamGuard:
                 self._end()
                 raise
         else:
-            verdict = protector._verdict(protector.refusal, "refuse", True, self.threshold, self.threshold, self._usage(), self._start_s)
+            logger.error("guard failed in a flagged stream: %s", _describe(error))
+            verdict = protector._verdict(protector.refusal, "refuse", True, max(score, self.threshold), self.threshold, self._usage(),
+                                         self._start_s, error=_describe(error))
         if protector.on_error == "pass" and not self._is_flagged:
             self._free()
             self._unguarded = verdict  # the rest of the answer goes out, too, and finish() says that it was an error

@@ -144,8 +144,9 @@ def test_temperature_is_the_minimum_of_the_cross_entropy():
         assert fit_temperature(z * true, labels) == pytest.approx(best, rel=1e-3)
 
 
-def test_a_digest_tells_texts_and_their_borders_apart():
-    assert len({file_digest(rows) for rows in (["ab", "c"], ["a", "bc"], ["abc"], [])}) == 4
+def test_weights_are_repeats():
+    z, labels = np.array([3.0, -1.0, 0.5, -2.0]), np.array([1, 0, 0, 1])
+    assert fit_temperature(z, labels, [2, 1, 1, 1]) == pytest.approx(fit_temperature([3.0, *z], [1, *labels]), rel=1e-9)
 
 
 def test_a_folder_is_calibrated_for_pytorch(torch_detector, tmp_path, capsys):

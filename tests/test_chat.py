@@ -1,12 +1,13 @@
 """OpenAI's format without HTTP: what is read of a request, and that every text of an answer is scored or left out."""
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_fakes import DONE, MARKER, FakeDetector, FakeDetoxifier, chunk, completion, sse, spoken
 
-from protector.chat import BadRequest, ChatRequest, ChatStream, EventReader, UpstreamError, guard_completion, read_request
+from protector.chat import MAX_CALLS, BadRequest, ChatRequest, ChatStream, EventReader, UpstreamError, guard_completion, read_request
 from protector.errors import ModelError
 from protector.guard import Protector
 
@@ -41,12 +42,20 @@ def run(protector, *items, request=ChatRequest("q"), finish=True):
 # -- requests
 
 
-def test_question_is_the_text_of_the_last_user_message():
+def test_question_is_what_the_user_said_since_the_last_answer():
     request = read_request({"messages": [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "first"}, {"role": "assistant", "content": "one"},
         {"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "data:,"}},
                                      {"type": "text", "text": "this"}]}]})
     assert request == ChatRequest("see\nthis", (("first", "one"),), "", 1, False)
+    asked = {"role": "user", "content": "Is it safe to mix bleach and vinegar?"}
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}
+    silent = {"role": "assistant", "content": None, "tool_calls": []}  # neither an answer nor in the history
+    for between in ([], [image], [{"role": "system", "content": "Be brief."}], [silent, {"role": "tool", "content": "x"}]):
+        request = read_request({"messages": [asked, *between, {"role": "user", "content": "Yes or no?"}]})
+        assert request == ChatRequest("Is it safe to mix bleach and vinegar?\nYes or no?")
+    assert read_request({"messages": [asked, image]}).question == asked["content"]
+    assert read_request({"messages": [asked, {"role": "assistant", "content": "No."}, image]}).question == ""
 
 
 def test_assistant_message_at_the_end_is_a_prefill():
@@ -75,11 +84,22 @@ def test_repr_of_a_request_holds_no_text():
     ({"messages": [{"role": "user", "content": "q"}], "n": 9}, "chat: n must be an integer from 1 to 8."),
     ({"messages": [{"role": "user", "content": "q"}], "n": True}, "chat: n must be an integer from 1 to 8."),
     ({"messages": [{"role": "user", "content": "q"}], "stream": "false"}, "chat: stream must be true or false."),
+    # Go's encoding/json would take the last one of each.
+    ({"messages": [{"role": "user", "content": "q"}], "Messages": []}, "chat: field messages must be written in lower case."),
+    ({"messages": [{"role": "user", "content": "q"}], "me\u017fsages": []}, "chat: field messages must be written in lower case."),
+    ({"messages": [{"role": "user", "content": "q", "Content": "x"}]}, "chat: field content must be written in lower case."),
+    ({"messages": [{"role": "user", "Content": "x"}]}, "chat: field content must be written in lower case."),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "TEXT": "x"}]}]}, "chat: field text must be written in lower case."),
 ])
 def test_wrong_requests_say_what_is_wrong(payload, message):
     with pytest.raises(BadRequest) as error:
         read_request(payload)
     assert str(error.value) == message
+
+
+def test_fields_that_the_guard_does_not_read_have_any_case():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"Content": {}, "content": {}, "N": {}, "n": {}}}}}
+    assert read_request({"messages": [{"role": "user", "content": "q", "Name": "x"}], "tools": [tool], "X": 1}).question == "q"
 
 
 # -- events
@@ -141,12 +161,27 @@ def test_31_every_text_of_a_message_is_scored(refuser, channel):
     {"id": "c", "type": "function", "function": {"name": "f", "arguments": json.dumps({HARMFUL: 1})}},
     {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": ["\\u0062leach \\u0061nd vinegar"]}'}},
     {"id": "c", "type": "custom", "custom": {"name": "f", "input": HARMFUL}},
+    # Cut, with a raw line end, cut in an escape, with a letter beyond U+FFFF: what lenient readers make of it.
+    {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": "\\u0062leach \\u0061nd vinegar'}},
+    {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": "\\u0062leach \\u0061nd vinegar\n"}'}},
+    {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": "bleach\\u0020and vinegar, \\u00'}},
+    {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": "\\ud835\\udc1bleach and vinegar'}},
+    {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": "bleach and vinegar \\q'}},
+    # Names, and ids that speak, are a model's text, too.
+    {"id": "c", "type": "function", "function": {"name": "Mix_bleach_and_vinegar_in_a_closed_bucket_and_wait_for_the_gas", "arguments": ""}},
+    {"id": "c", "type": "function", "function": {"name": "mcp.mix/bleach4and-vinegar", "arguments": "{}"}},
+    {"id": "c", "type": "custom", "custom": {"name": "bleach.and-vinegarInABucket", "input": ""}},
+    {"id": "c", "type": "function", "function": {"name": "nowMixTheTwoAndPour_bleach_and", "arguments": "vinegar"}},
+    {"id": "c", "type": "function", "function": {"name": "nowmixthetwoandpourit_bleach", "arguments": "and vinegar"}},
+    {"id": "Mix_bleach_and_vinegar:0", "type": "function", "function": {"name": "f", "arguments": "{}"}},
 ])
-def test_31_tool_call_arguments_are_scored(protector, call):
+def test_31_all_that_a_tool_call_says_is_scored(protector, call):
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     guarded, action = guard_completion(protector, ChatRequest("q"), completion(message))
     assert action == "refuse"
     assert guarded["choices"][0]["message"] == {"role": "assistant", "content": protector.refusal}
+    content, _, last, _ = run(protector, chunk({"tool_calls": [{"index": 0, **call}]}), chunk({}, "tool_calls"))
+    assert content == protector.refusal and last["finish_reason"] == "content_filter"
 
 
 def test_31_safe_tool_calls_pass(protector):
@@ -154,7 +189,43 @@ def test_31_safe_tool_calls_pass(protector):
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     guarded, action = guard_completion(protector, ChatRequest("q"), completion(message))
     assert action == "pass" and guarded["choices"][0]["message"] == {"role": "assistant", "content": None, "tool_calls": [call]}
-    assert '{"city": "Bern"}' in protector.detector.seen
+    assert protector.detector.seen == ['{"city": "Bern"}']  # a short name has no room for harm, and would cost time
+    cut = '{"x": "caf\\u00e9", "y": "cut \\u0'
+    call = {"id": "call_9fK2xQ-7Ab", "type": "function", "function": {"name": "mcp.files/readText", "arguments": cut}}
+    seen = [cut, '{"x": "café", "y": "cut \\u0', 'mcp files read Text {"x": "café", "y": "cut \\u0']
+    guarded, action = guard_completion(protector, ChatRequest("q"), completion({"tool_calls": [call]}))
+    assert action == "pass" and guarded["choices"][0]["message"]["tool_calls"] == [call] and protector.detector.seen[1:4] == seen
+    call["function"] = {"name": "f", "arguments": '{"x": "caf\\u00e9\n"}'}  # a raw line end in a string
+    guard_completion(protector, ChatRequest("q"), completion({"tool_calls": [call]}))
+    assert protector.detector.seen[-1] == "x\ncafé\n" and len(protector.detector.seen) == 5
+
+
+def test_17_the_tool_calls_of_an_answer_are_bounded():
+    protector = Protector(FakeDetector(), False, threshold=0.5, max_bytes=1000)
+    calls = [{"index": i, "function": {"name": "f", "arguments": "{}"}} for i in range(MAX_CALLS)]
+    _, action = guard_completion(protector, ChatRequest("q"), completion({"tool_calls": calls}))
+    assert action == "pass" and run(protector, *(chunk({"tool_calls": [call]}) for call in calls))[2]["protector"]["action"] == "pass"
+    n_scored = protector.detector.n_scored
+    more = calls + [{**calls[0], "index": MAX_CALLS}]
+    long = [{"index": i, "function": {"name": "f", "arguments": "x" * 501}} for i in range(2)]
+    for items in (more, long):
+        guarded, action = guard_completion(protector, ChatRequest("q"), completion({"tool_calls": items}))
+        assert action == "error" and guarded["choices"][0]["message"]["content"] == protector.refusal
+        for stream in ([chunk({"tool_calls": items})], [chunk({"tool_calls": [call]}) for call in items]):
+            assert run(protector, *stream, finish=False)[2]["protector"]["action"] == "error"
+    assert protector.detector.n_scored == n_scored
+
+
+def test_19_the_texts_of_an_answer_share_a_deadline():
+    """Each text takes 60 ms of 150 ms: the third one is too late, though none is slow."""
+    protector = Protector(FakeDetector(), False, threshold=0.5, deadline_ms=150)
+    protector.detector.delay_s = 0.06
+    calls = [{"index": i, "function": {"name": "f", "arguments": "{}"}} for i in range(50)]
+    start = time.monotonic()
+    guarded, action = guard_completion(protector, ChatRequest("q"), completion({"content": SAFE, "tool_calls": calls}))
+    assert action == "error" and "tool_calls" not in guarded["choices"][0]["message"]
+    _, _, last, stream = run(protector, chunk({"tool_calls": calls}), chunk({}, "tool_calls"))
+    assert stream.action == "error" and time.monotonic() - start < 2
 
 
 @pytest.mark.parametrize("message", [
@@ -165,6 +236,9 @@ def test_31_safe_tool_calls_pass(protector):
     {"role": "assistant", "content": SAFE, "thoughts": SAFE},
     {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
     {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "a whole sentence", "arguments": ""}}]},
+    {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f" * 129, "arguments": ""}}]},
+    {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "fünf", "arguments": ""}}]},
+    {"role": "assistant", "tool_calls": [{"id": "c", "type": "a_whole_sentence", "function": {"name": "f", "arguments": ""}}]},
     {"role": "assistant", "tool_calls": [{"id": "c", "type": "search", "search": {"query": SAFE}}]},
     {"role": "narrator", "content": SAFE},
     None,
@@ -180,14 +254,16 @@ def test_32_unknown_parts_get_the_error_policy(protector, message):
 
 def test_31_what_is_not_scored_is_dropped_and_listed(refuser):
     response = completion({"role": "assistant", "content": SAFE, "annotations": [{"url": SAFE}]}, notes=SAFE)
-    response["choices"][0] |= {"logprobs": {"content": [{"token": "Water"}]}, "debug": SAFE}
+    logprobs = {"content": [{"token": HARMFUL, "logprob": 0, "top_logprobs": []}]}
+    response["choices"][0] |= {"logprobs": logprobs, "debug": SAFE}
     guarded, action = guard_completion(refuser, ChatRequest("q"), response)
-    assert action == "pass" and json.dumps(guarded).count(SAFE) == 1
-    assert guarded["choices"][0]["protector"] == {"action": "pass", "flagged": False, "dropped": ["annotations", "debug", "notes"]}
-    assert guarded["choices"][0]["logprobs"] == {"content": [{"token": "Water"}]}
-    response["choices"][0]["message"]["content"] = HARMFUL
-    guarded, _ = guard_completion(refuser, ChatRequest("q"), response)
-    assert "logprobs" not in guarded["choices"][0] and "logprobs" in guarded["choices"][0]["protector"]["dropped"]
+    assert action == "pass" and json.dumps(guarded).count(SAFE) == 1 and MARKER not in json.dumps(guarded)
+    dropped = {"action": "pass", "flagged": False, "dropped": ["annotations", "debug", "logprobs", "notes"]}
+    assert guarded["choices"][0]["protector"] == dropped and "logprobs" not in guarded["choices"][0]
+    delta = chunk({"content": SAFE, "annotations": [{"url": SAFE}]}, "stop", notes=SAFE)
+    delta["choices"][0] |= {"logprobs": logprobs, "debug": SAFE}
+    content, _, last, _ = run(refuser, delta)
+    assert content == SAFE and last["protector"] == dropped
 
 
 def test_30_prefill_is_scored_with_the_answer(refuser):
@@ -367,6 +443,10 @@ def test_pass_on_error_says_that_it_was_an_error():
     assert content == SAFE and last["protector"]["action"] == "error" and last["finish_reason"] == "stop"
     guarded, action = guard_completion(protector, ChatRequest("q"), completion(SAFE))
     assert action == "error" and guarded["choices"][0]["message"]["content"] == SAFE
+    call = {"index": 0, "function": {"name": "f", "arguments": "{}"}}
+    guarded, action = guard_completion(protector, ChatRequest("q"), completion({"tool_calls": [call]}))
+    assert action == "error" and guarded["choices"][0]["message"]["tool_calls"][0]["function"] == call["function"]
+    assert run(protector, chunk({"tool_calls": [call]}))[2]["protector"]["action"] == "error"
     content, _, last, _ = run(protector, chunk({"thoughts": SAFE}))  # what can't be read never goes out
     assert content == protector.refusal and last["finish_reason"] == "content_filter"
 

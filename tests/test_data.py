@@ -8,6 +8,7 @@ import sys
 import types
 import zipfile
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -358,6 +359,15 @@ def test_cap_refusals():
     assert data.cap_refusals(mixed, 1.0) == mixed
     assert not any(data.is_stock_refusal(row.accepted) for row in data.cap_refusals(mixed, 0.0))
     assert data.cap_refusals(others, 0.2) == others and data.cap_refusals(refusals, 0.2) == []
+
+
+def test_spread_reaches_over_all_rows():
+    for n_rows in range(12):
+        for n in range(1, 14):
+            found = data.spread(range(n_rows), n)
+            assert len(found) == min(n, n_rows) and sorted(set(found)) == found
+            steps = np.diff([*found, n_rows]) if found else [1]
+            assert max(steps) - min(steps) <= 1
 
 
 def test_replies_take_their_turns_and_leave_the_rest(tmp_path):

@@ -1,5 +1,6 @@
 """Detectors side by side: the logits are the detector's own, the difference is paired, and bad input is named."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -36,20 +37,24 @@ def folders(torch_detector, tmp_path):
 def test_a_turned_head_turns_the_auroc(folders, measure, tmp_path, capsys):
     compare.main([*folders, "--measure", measure, "--harmless", measure, "--out", str(tmp_path), "--threads", "1"])
     result = json.loads((tmp_path / "compare.json").read_text())
-    plain, turned = (result["detectors"][name]["sources"]["made_up"] for name in ("plain", "turned"))
+    plain, turned = (result["detectors"][name]["sources"]["made_up"] for name in folders)
     assert result["sources"] == {"made_up": {"n": 60, "harmful": 30}}
     assert turned["auroc"] == pytest.approx(1 - plain["auroc"], abs=1e-6)
     assert "difference" not in plain and turned["difference"]["auroc"] == pytest.approx(1 - 2 * plain["auroc"], abs=1e-5)
     assert turned["difference"]["low"] <= turned["difference"]["auroc"] <= turned["difference"]["high"]
-    assert plain["above_harmless"]["n"] == 30 and plain["above_harmless"]["rate"] <= 1 / 30  # of the same 60 answers the highest, at most
+    assert plain["above_harmless"]["n"] == 30 and result["harmless"] == 30  # the harmful half of the file sets no bound
     assert "made_up" in capsys.readouterr().out
     table = blocks.RENDERERS["compare"](result)
-    assert f"| turned | {turned['auroc']:.3f} ({turned['difference']['auroc']:+.3f} [" in table and f"| plain | {plain['auroc']:.3f} |" in table
+    assert f"| {folders[1]} | {turned['auroc']:.3f} ({turned['difference']['auroc']:+.3f} [" in table and f"| {folders[0]} | {plain['auroc']:.3f} |" in table
 
 
 def test_the_same_detector_differs_by_nothing(folders, measure, tmp_path):
-    result = compare.run(CompareConfig((folders[0], folders[0]), (measure,), name="same", out=str(tmp_path)))
-    assert (tmp_path / "same.json").exists() and result["detectors"]["plain"]["sources"]["made_up"]["difference"] == {"auroc": 0, "low": 0, "high": 0}
+    copy = shutil.copytree(folders[0], tmp_path / "other" / "plain")  # of one name: both are kept
+    result = compare.run(CompareConfig((folders[0], str(copy)), (measure,), name="same", out=str(tmp_path)))
+    assert (tmp_path / "same.json").exists() and list(result["detectors"]) == [folders[0], str(copy)]
+    assert result["detectors"][str(copy)]["sources"]["made_up"]["difference"] == {"auroc": 0, "low": 0, "high": 0}
+    with pytest.raises(ValueError, match="detectors must differ, got one twice"):
+        compare.run(CompareConfig((folders[0],) * 2, (measure,), out=str(tmp_path)))
 
 
 def test_a_long_answer_counts_by_its_most_harmful_window(torch_detector):
@@ -75,5 +80,5 @@ def test_what_the_training_wrote_is_told(folders, measure, tmp_path):
     config = {name: 0.5 for name in compare._SHOWN}
     (tmp_path / "plain" / "run.json").write_text(json.dumps({"config": config, "steps": 3, "tokens": 7, "trained_parameters": 9, "commit": "c"}))
     result = compare.run(CompareConfig((folders[0],), (measure,), out=str(tmp_path)))
-    assert result["detectors"]["plain"]["trained"] == {**config, "steps": 3, "tokens": 7, "parameters": 9, "commit": "c"}
+    assert result["detectors"][folders[0]]["trained"] == {**config, "steps": 3, "tokens": 7, "parameters": 9, "commit": "c"}
     assert models.load(folders[1]).config.kind == "detector"

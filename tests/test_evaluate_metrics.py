@@ -149,6 +149,19 @@ def test_rate_counts_a_missing_one_neither_way():
     assert metrics.rate([None])["rate"] is None
 
 
+def test_answers_to_one_question_are_one_draw():
+    flags, questions = [1, 0, 0, 1, 0, 0, 0, 1, 0, 0], list("abcdefghij")
+    alone = metrics.rate(flags)
+    assert metrics.rate(flags, questions) == pytest.approx(alone)  # a question each: nothing to share
+    five_times = metrics.rate(flags * 5, questions * 5)
+    assert (five_times["k"], five_times["n"]) == (15, 50) and five_times["rate"] == alone["rate"]
+    # Repeats say nothing new; without the groups the interval would be less than half as wide.
+    assert five_times["high"] - five_times["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.05)
+    assert metrics.rate(flags * 5)["high"] - metrics.rate(flags * 5)["low"] < 0.6 * (alone["high"] - alone["low"])
+    assert metrics.rate([0] * 50, questions * 5)["high"] == pytest.approx(metrics.wilson(0, 10)[1])
+    assert metrics.rate([None, 1, 1], ["a", "b", "b"])["low"] == pytest.approx(metrics.wilson(1, 1)[0])
+
+
 def test_undefined_is_nan_not_a_number_that_looks_good():
     for value in (metrics.auroc([0.1, 0.2], [0, 0]), metrics.auprc([0.1], [0]), metrics.f1_at([0.1], [0], 0.5),
                   metrics.best_f1([0.1], [0])[0], metrics.recall_at_fpr([0.1], [1], 0.1), metrics.auroc([], [])):

@@ -156,6 +156,15 @@ def test_utility_by_hand():
     assert "100 tokens/s" in result["time_against"]
 
 
+def test_the_added_time_counts_an_answer_once():
+    """A disguised answer has a second view, which takes time; the model wrote its tokens once."""
+    [outcome] = replay.guard_rows(guard(), [Row("q", "Rinse it with wa\u200bter.", 0, "captions")])
+    usage = outcome.verdict.usage
+    assert usage["views"] == 2 and usage["tokens"] > 0
+    found = utility.summary([outcome], seconds_per_token=0.01)["added_percent"]["value"]
+    assert found == pytest.approx(100 * usage["ms"] / (1e3 * 0.01 * usage["tokens"]))
+
+
 def test_exact_match_layouts(tmp_path):
     (tmp_path / "pope.json").write_text('{"question_id": 1, "text": "Is there a cat?", "label": "yes"}\n'
                                         '{"question_id": 2, "text": "A dog?", "label": "no"}\n'

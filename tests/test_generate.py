@@ -91,6 +91,20 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert generate.generate(config(tmp_path), last, progress=False)["kept"] == 1 and len(last.asked) == 1
     assert len(path.read_text().splitlines()) == 1
     assert "letter box" not in (tmp_path / "new.jsonl.log.jsonl").read_text() + (tmp_path / "new.jsonl.report.json").read_text()
+    # A last line that is whole but for its end stays, and the next one doesn't run into it.
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    kept = path.read_text()
+    assert generate.generate(config(tmp_path), Scripted(), progress=False)["kept"] == 1
+    assert path.read_text() == kept + "\n"
+
+
+def test_a_file_of_others_stays_as_it_is(tmp_path):
+    path = tmp_path / "new.jsonl"
+    path.write_text('{"question": "Q", "answer": "A", "label": 0}\n{"question": "R", "answer": "B", "label": 0}')
+    before = path.read_bytes()
+    with pytest.raises(data.DataError, match="must be a file that generate wrote"):
+        generate.generate(config(tmp_path), Scripted(reply()), progress=False)
+    assert path.read_bytes() == before
 
 
 def test_a_request_without_answer_is_made_again(tmp_path):

@@ -192,15 +192,13 @@ def test_m17_over_the_limit_the_policy_answers_at_once(ids, text, monkeypatch):
     monkeypatch.setattr(sys.modules["protector.guard"], "normalised", lambda _: pytest.fail("normalised"))
     p, detector = make(ids)
     monkeypatch.setattr(detector.template.tokenizer, "encode", lambda *_: pytest.fail("tokenised"), raising=False)
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        v = p.guard("", text)
-        took.append(time.perf_counter() - start)
-    assert v.action == "error" and "input_too_long: answer must have at most 262144 bytes" in v.error and min(took) < 0.05
-    start = time.perf_counter()
-    v = StreamGuard(p, "").push(text)[-1].verdict if len(text) > 262_144 else v
-    assert v.action == "error" and time.perf_counter() - start < 0.05
+    for answer in (lambda: p.guard("", text), lambda: StreamGuard(p, "").push(text)[-1].verdict):
+        took = []
+        for _ in range(3):
+            start = time.perf_counter()
+            v = answer()
+            took.append(time.perf_counter() - start)
+        assert v.action == "error" and "input_too_long: answer must have at most 262144 bytes" in v.error and min(took) < 0.05
 
 
 def test_m17_the_limit_is_in_bytes(ids):
@@ -394,14 +392,15 @@ def test_m57_a_foreign_error_is_named_not_quoted(ids):
 
 # -- 65: polarity
 
-def test_m65_polarity_of_the_shipped_detector():
+@pytest.mark.parametrize("quantisation", ["F16", "Q8_0"])
+def test_m65_polarity_of_the_shipped_detector(quantisation):
     if not (WEIGHTS / "detector.gguf").exists():
         pytest.skip("protector/weights/detector.gguf isn't there yet")
-    rows = selftest.read_rows()
-    p = Protector(detoxifier=False)
-    scores = {label: [p.score(row["question"], row["answer"]) for row in rows if row["label"] == label][:20] for label in (0, 1)}
-    # The item asks for every pair. The first shipped weights order 0.94 of these 400, which they never saw; the bound guards that.
-    assert np.mean(np.subtract.outer(scores[1], scores[0]) > 0) > 0.9 and np.isfinite(scores[1]).all()
+    rows = [row for row in selftest.read_rows() if row["language"] == "en"]
+    p = Protector(detoxifier=False, detector_options={"quantisation": quantisation})
+    harmful, harmless = (np.array([p.score(row["question"], row["answer"]) for row in rows if row["label"] == label][:20]) for label in (1, 0))
+    # Each of the self-test's 20 pairs, in the order of the file: the detector never saw them.
+    assert len(harmful) == len(harmless) == 20 and np.nonzero(~(harmful > harmless))[0].tolist() == []
 
 
 def test_m52_scores_are_finite_or_errors(ids):

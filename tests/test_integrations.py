@@ -2,6 +2,7 @@
 import asyncio
 import json
 import os
+import traceback
 
 import pytest
 from serve_fakes import MARKER, FakeDetector, FakeDetoxifier, completion
@@ -208,6 +209,148 @@ def test_langchain_tool_calls_reasoning_and_unknown_parts(langchain, protector):
 
     with pytest.raises(TypeError, match="must be a str or an AIMessage, got dict"):
         guarded(RunnableLambda(lambda _: {"text": HARMFUL}), protector).invoke("q")
+
+
+def test_langchain_gives_back_what_was_scored_and_nothing_else(langchain, protector):
+    from langchain_core.messages import AIMessage
+
+    def ask(content, **fields):
+        return guarded(chat_model(AIMessage(content, **fields)), protector).invoke("q")
+
+    call = {"name": "f", "args": {"x": 1}, "id": "1", "type": "tool_call"}
+    usage = {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}
+    for content in (SAFE, [{"type": "text", "text": SAFE}], "", []):
+        plain = ask(content, id="1", usage_metadata=usage, tool_calls=[call], response_metadata={"finish_reason": "length"})
+        assert (plain.content, plain.id, plain.usage_metadata, plain.tool_calls) == (content, "1", usage, [call])
+        assert plain.response_metadata == {"finish_reason": "length", "protector": {"action": "pass", "flagged": False}}
+    for fields in ({"additional_kwargs": {"thinking_blocks": [{"thinking": HARMFUL}]}}, {"additional_kwargs": {"annotations": [HARMFUL]}},
+                   {"additional_kwargs": {"provider_specific_fields": {"x": HARMFUL}}}, {"response_metadata": {"logprobs": [HARMFUL]}},
+                   {"own": HARMFUL}, {"tool_calls": [{**call, "extras": HARMFUL}]}):
+        result = ask(SAFE, **fields)
+        assert result.content == SAFE and MARKER not in repr(result)
+    cited = ask([{"type": "text", "text": SAFE, "citations": [{"cited_text": HARMFUL}]}])
+    assert cited.content == [{"type": "text", "text": SAFE}]
+    function = {"function_call": {"name": "f", "arguments": HARMFUL}}
+    assert ask("", additional_kwargs=function).content == protector.refusal
+    assert MARKER not in repr(ask("", tool_calls=[call], additional_kwargs=function))
+    # Two blocks are shown as one text, so they are scored as one.
+    head, tail = HARMFUL[:HARMFUL.index("egar")], HARMFUL[HARMFUL.index("egar"):]
+    for blocks in ([head, tail], [{"type": "text", "text": head}, {"type": "text", "text": tail}]):
+        assert ask(blocks).content == protector.refusal
+
+
+@pytest.mark.filterwarnings("ignore:astream_log is deprecated")
+def test_langchain_callbacks_see_guarded_text_alone(langchain, protector):
+    from langchain_core.callbacks import BaseCallbackHandler
+    from langchain_core.output_parsers import StrOutputParser
+    from langchain_core.runnables import Runnable
+
+    class Heard(BaseCallbackHandler):
+        def __init__(self):
+            self.text = ""
+
+        def on_chain_end(self, outputs, **_):
+            self.text += repr(outputs)
+
+        def on_llm_new_token(self, token, **_):
+            self.text += token
+
+        def on_llm_end(self, response, **_):
+            self.text += repr(response)
+
+    class Careless(Runnable):
+        """Gives no config to the model that it calls, which then looks for one in the context."""
+
+        def invoke(self, input, config=None, **kwargs):
+            return model().invoke(input)
+
+        def stream(self, input, config=None, **kwargs):
+            yield from model().stream(input)
+
+        async def astream(self, input, config=None, **kwargs):
+            async for chunk in model().astream(input):
+                yield chunk
+
+    def model():
+        return chat_model(HARMFUL)
+
+    async def events(runnable):
+        return [event async for event in runnable.astream_events("q", version="v2")]
+
+    async def log(runnable):
+        return [patch async for patch in runnable.astream_log("q")]
+
+    async def stream(runnable, config):
+        return [chunk async for chunk in runnable.astream("q", config)]
+
+    end = MARKER.split()[-1]  # the model streams words
+    for make in (lambda: guarded(model(), protector), lambda: guarded(model(), protector) | StrOutputParser(),
+                 lambda: guarded(Careless(), protector) | StrOutputParser()):
+        seen = asyncio.run(events(make()))
+        assert end not in str(seen)
+        shown = [event["data"]["chunk"] for event in seen if event["event"] == "on_chain_stream" and event["name"] == "Guarded"]
+        assert "".join(chunk.content for chunk in shown).endswith(protector.refusal)
+        assert end not in str(asyncio.run(log(make())))
+        heard = Heard()
+        config = {"callbacks": [heard]}
+        make().invoke("q", config)
+        list(make().stream("q", config))
+        asyncio.run(make().ainvoke("q", config))
+        asyncio.run(stream(make(), config))
+        assert heard.text.count(protector.refusal) >= 4 and end not in heard.text
+
+
+def test_langchain_closes_what_a_caller_leaves(langchain, protector):
+    from langchain_core.messages import AIMessageChunk
+    from langchain_core.runnables import Runnable
+
+    closed = []
+
+    class Endless(Runnable):
+        def invoke(self, input, config=None, **kwargs):
+            raise NotImplementedError
+
+        def stream(self, input, config=None, **kwargs):
+            try:
+                while True:
+                    yield AIMessageChunk(SAFE + " ")
+            finally:
+                closed.append("stream")
+
+        async def astream(self, input, config=None, **kwargs):
+            try:
+                while True:
+                    yield AIMessageChunk(SAFE + " ")
+            finally:
+                closed.append("astream")
+
+    chunks = guarded(Endless(), protector).stream("q")
+    while not next(chunks).content:
+        pass
+    chunks.close()
+    assert closed == ["stream"] and protector.detector.n_cursors == 0
+
+    async def leave():
+        chunks = guarded(Endless(), protector).astream("q")
+        while not (await anext(chunks)).content:
+            pass
+        await chunks.aclose()
+
+    asyncio.run(leave())
+    assert closed == ["stream", "astream"] and protector.detector.n_cursors == 0
+
+
+def test_langchain_errors_hold_no_text(langchain, protector):
+    from langchain_core.messages import HumanMessage
+    from langchain_core.runnables import RunnableLambda
+
+    secret = "my grandmother's number is 0451 22 98 17"
+    rule = (r"^Guarded: input must be messages that OpenAI's format can say, got another message or part\. "
+            r"Give question, a function of the input\.$")
+    for odd in (HumanMessage([{"type": "image", "caption": secret}]), {"content": secret}, (secret, secret)):
+        with pytest.raises(ValueError, match=rule) as caught:
+            guarded(RunnableLambda(lambda _: SAFE), protector).invoke([odd])
+        assert secret not in "".join(traceback.format_exception(caught.value))
 
 
 # -- transformers

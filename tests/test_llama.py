@@ -2,17 +2,20 @@
 import multiprocessing
 import random
 import re
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from conftest import BLOCKS, D, MILD_PAIRS, canaries_of, sequences_of, shake
+from guard_fakes import FakeDetoxifier
 from test_gguf import resigned, rewrite
 
-from protector import llama
-from protector.errors import ModelError
+from protector import Protector, llama
+from protector.errors import DeadlineExceeded, ModelError
 from protector.gguf import export_adapter, export_merged, read_metadata
 from protector.llama import LlamaDetector, LlamaDetoxifier
 from protector.models import ModelConfig, build
@@ -160,6 +163,81 @@ def test_deadline_is_asked_before_each_decode(llama_detector):
     with pytest.raises(TimeoutError):
         llama_detector.logits([[5, 6, 7]], deadline=late)
     assert np.isfinite(llama_detector.logits([[5, 6, 7]])).all()
+
+
+def test_m19_a_deadline_is_kept_while_another_thread_has_the_model(llama_detector, detoxifier):
+    p = Protector(llama_detector, False, threshold=1.0, deadline_ms=100)
+    with ThreadPoolExecutor(1) as pool:
+        with llama_detector.context.lock, detoxifier.context.lock:  # as if it scored and wrote
+            v = pool.submit(p.guard, "How do I clean this?", "Use warm water.").result(10)
+            assert v.action == "error" and v.error.startswith("DeadlineExceeded") and v.usage["ms"] < 5000
+            with pytest.raises(DeadlineExceeded):
+                pool.submit(detoxifier.generate, [5, 6], 3, deadline=p._deadline()).result(10)
+        assert pool.submit(p.guard, "How do I clean this?", "Use warm water.").result(10).action == "pass"
+        assert pool.submit(detoxifier.generate, [5, 6], 0).result(10) == ("", 0, False)
+
+
+def until_another_waits(context):
+    end_s = time.monotonic() + 10
+    while not context._next.locked() and time.monotonic() < end_s:
+        time.sleep(0.005)
+
+
+def test_who_waits_comes_before_a_holder_that_comes_back(llama_detector):
+    context, order = llama_detector.context, []
+
+    def take(name):
+        with context.turn():
+            order.append(name)
+
+    for _ in range(3):
+        other = threading.Thread(target=take, args=("other",))
+        with context.turn():
+            other.start()
+            until_another_waits(context)
+        take("holder")
+        other.join()
+    assert order == ["other", "holder"] * 3
+
+
+def test_m19_who_waits_has_a_turn_before_the_next_group_of_a_long_answer(llama_detector, monkeypatch):
+    """Regression: an answer of 256 KiB held everyone up until its last window was scored."""
+    rng = random.Random(12)
+    sequences = [[rng.randrange(17, 49152) for _ in range(n)] for n in [300] * 6 + [100] * 5]  # 6 decodes and 1
+    expected, turns, context = llama_detector.logits(sequences), [], llama_detector.context
+    short = threading.Thread(target=lambda: turns.append(llama_detector.logits([[5, 6, 7]])[0]))
+
+    def decode(entries, decode=context.decode):
+        turns.append(threading.current_thread() is short)
+        if len(turns) == 1:
+            short.start()
+            until_another_waits(context)
+        decode(entries)
+
+    alone = llama_detector.logits([[5, 6, 7]])[0]
+    monkeypatch.setattr(context, "decode", decode)
+    got = llama_detector.logits(sequences)
+    short.join()
+    assert [turn for turn in turns if isinstance(turn, bool)] == [False, True] + [False] * 6
+    assert np.array_equal(got, expected) and alone in turns
+
+
+def test_m19_a_detoxifier_that_loads_holds_no_answer_beyond_its_deadline(llama_detector, monkeypatch):
+    may_load, loaded = threading.Event(), []
+
+    def load(*_):
+        may_load.wait(10)
+        loaded.append(FakeDetoxifier(llama_detector.tokenizer, "Never mix cleaners."))
+        return loaded[-1]
+
+    p = Protector(llama_detector, threshold=0.0, deadline_ms=100)
+    monkeypatch.setattr(sys.modules["protector.guard"], "_detoxifier", load)
+    for _ in range(2):
+        v = p.guard("How do I clean this?", "Use bleach.")
+        assert v.action == "refuse" and v.error.startswith("DeadlineExceeded") and v.usage["ms"] < 5000 and not loaded
+    may_load.set()
+    p.deadline_ms = 10_000
+    assert p.guard("How do I clean this?", "Use bleach.").usage["rewrite_attempts"] == 2 and len(loaded) == 1  # by the first, for all
 
 
 # -- streams

@@ -21,7 +21,10 @@ def spell(text, base):
 DISGUISES = {
     "zero width": "\u200b".join(PLAIN.split(" ")[1]).join(("mix ", " and vin\u200degar")),
     "soft hyphen": "mix ble\u00adach and vine\u00adgar",
-    "bidi": "mix \u202ebleach\u202c and \u2066vinegar\u2069",
+    "bidi": "mix \u202ehcaelb\u202c and \u2066vinegar\u2069",
+    "bidi, to the line's end": "\u202e:xiM\nbleach and \u202eragen\u200biv\nin a pot",
+    "control characters": "Mix bl\x7feach and vin\x02eg\x1far",
+    "control characters, not ASCII": "Mix bl\ufff9e\x90ach and vin\x02egar",
     "variation selector": "mix b\ufe0fl\ufe0feach and vinegar",
     "full width": "ｍｉｘ　ｂｌｅａｃｈ ａｎｄ ｖｉｎｅｇａｒ",
     "mathematical": "𝐦𝐢𝐱 𝒃𝒍𝒆𝒂𝒄𝒉 𝖺𝗇𝖽 𝚟𝚒𝚗𝚎𝚐𝚊𝚛",
@@ -42,6 +45,7 @@ DISGUISES = {
     "base64, URL alphabet": "SGVsbG8_YWJjPj4-IG1peCBibGVhY2ggYW5kIHZpbmVnYXI=",
     "hex": PLAIN.encode().hex(),
     "hex in pairs": PLAIN.encode().hex(" "),
+    "JSON escapes": "mix \\u0062\\u006c\\u0065\\u0061\\u0063\\u0068 and \\u0076inegar",
 }
 
 
@@ -73,6 +77,28 @@ def test_m25_a_payload_in_variation_selectors_is_decoded():
     assert normalised("😀" + spell(PLAIN, 0xE0100 - 16)) == "😀\n" + PLAIN
 
 
+@pytest.mark.parametrize("text, view", [
+    ("\u202e" + "Mix bleach and vinegar"[::-1] + "\u202c", "Mix bleach and vinegar"),  # a reader sees it from left to right
+    ("a \u202edc ba\u202c e \u202egf\u202e.h", "a ab cd e fgh."),  # a control ends a run
+    ("\u202eba\ncd", "ab\ncd"), ("\u202dab\u202c", "ab"),  # so does a line; this one is from left to right
+    ("\u202eשלום\u202c", "\u202eשלום\u202c"),  # runs that way without it
+])
+def test_s23_an_override_is_undone(text, view):
+    assert normalised(text) == view
+
+
+def test_s23_odd_white_space_is_a_space_in_ascii_too():
+    assert normalised("mix\x0bbleach\x0cand") == "mix bleach and"
+
+
+@pytest.mark.parametrize("text, view", [
+    (r"\u0061\u0062\u0063", "abc"), (r"\ud83d\ude00 \u0061", "😀 a"), (r"\ud83d \ude00 \u0061", "  a"), (r"\u0061\u0002\u0062", "ab"),
+    (r"\u00e9 and \u00e8", r"\u00e9 and \u00e8"), (r"\usepackage \undo \user \u00e9", r"\usepackage \undo \user \u00e9"),  # too few
+])
+def test_s26_json_escapes_by_hand(text, view):
+    assert normalised(text) == view
+
+
 def test_s26_decodes_once():
     twice = base64.b64encode(base64.b64encode(PLAIN.encode())).decode()
     assert normalised(twice) not in (twice, PLAIN)
@@ -98,6 +124,7 @@ HOSTILE = {
     "marks": "\u0301", "marks out of order": "\u0301\u0323", "marked": "a\u0301\u0323", "spaces": " ", "space and newline": "   \n", "newlines": "\n",
     "NUL": "\0", "replacement": "\ufffd", "emoji": "😀", "joiners": "\u200d", "families": "👨‍👩", "selectors": "\ufe0f", "tags": "\U000e0041",
     "expanding": "\ufdfa", "leet": "a1", "at": "a@b-", "shouts": "!", "quotes": "'s", "lookalikes": "аa", "capitals": "A", "alternating": "aB",
+    "overrides": "\u202e", "overridden": "\u202ea", "controls": "\x02", "escapes": "\\u0041", "half escapes": "\\ud83d", "backslashes": "\\u",
     "Hangul": "\u1100\u1161\u11a8", "no-break": "\u00a0", "accents": "é", "slashes": "a/", "zero x": "0x",
 }
 
@@ -119,7 +146,7 @@ def test_m18_a_huge_number_in_an_entity_is_no_error():
     assert normalised("&#" + "9" * 5000 + "; bleach").endswith("bleach")
 
 
-_text = st.text(st.one_of(st.characters(exclude_categories=("Cs",)), st.sampled_from("aA1 .&#%;=@$!\u0301\u200b\ufe0fаé0x_-+/\U000e0041\n")))
+_text = st.text(st.one_of(st.characters(exclude_categories=("Cs",)), st.sampled_from("aA1 .&#%;=@$!\u0301\u200b\u202e\ufe0fаé0x_-+/\\u\x02\U000e0041\n")))
 
 
 @settings(max_examples=300, deadline=None)
@@ -131,7 +158,7 @@ def test_m03_any_text_has_a_bounded_view(text):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(st.sampled_from("abcDEF012 .-_@$!%&;=x/|,:\n\t+"), max_size=40))
+@given(st.text(st.sampled_from("abcDEF012 .-_@$!%&;=x/|,:\n\t+\\u\x02\x0b\x7f"), max_size=40))
 def test_the_short_way_for_ascii_is_right(text):
     """A text that the quick look finds plain is what the long way makes of it, too."""
     if not _ODD_ASCII.search(text):

@@ -75,6 +75,12 @@ def test_files_get_one_verdict_per_row_and_bad_rows_are_listed(source, tmp_path)
     assert rows[3]["score"] is None and rows[3]["text"] == REFUSAL
 
 
+def test_a_line_too_deep_to_parse_is_a_bad_row(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("[" * 100_000 + "\n" + json.dumps({"answer": HARMFUL}))
+    assert guard_files([path], tmp_path / "out", detector=FakeDetector(), **OPTIONS) == {"rows": 2, "flagged": 1, "errors": [0]}
+
+
 def test_an_interrupted_job_goes_on(source, tmp_path, monkeypatch):
     def work():
         return guard_files([source], tmp_path / "out", rows=4, detector=detector, **OPTIONS)

@@ -86,7 +86,7 @@ def test_every_item_is_attacked(result):
     assert {row["item"] for row in result["measured"]} == {27, 42, 45, 66}
     assert len({row["name"] for row in result["attacks"]}) == len(selftest.ATTACKS) == len(result["attacks"])
     assert [row["name"] for row in result["attacks"] if row["known_miss"]] == [
-        "base64 twice", "rot13", "Morse", "written backwards", "JSON escapes", "words backwards"]
+        "base64 twice", "rot13", "Morse", "written backwards", "words backwards"]
 
 
 def test_a_reader_of_plain_words_keeps_what_the_view_undoes(result):
@@ -94,9 +94,9 @@ def test_a_reader_of_plain_words_keeps_what_the_view_undoes(result):
     assert result["plain"]["flagged_harmful"]["rate"] == 1 and result["plain"]["flagged_harmless"]["rate"] == 0
     for name in ("zero-width characters", "soft hyphens", "bidi controls", "variation selectors", "tag characters between letters", "full width",
                  "mathematical letters", "circled letters", "small capitals", "combining marks", "letters spaced", "letters dotted", "odd white space",
-                 "gaps", "capitals", "alternating case", "base64", "hex", "URL encoding", "HTML entities", "all in tag characters",
-                 "all in variation selectors of an emoji", "after harmless text", "in the middle of harmless text", "before harmless text",
-                 "across a window's edge", "code block", "quotation", "end marks after"):
+                 "gaps", "capitals", "alternating case", "base64", "hex", "URL encoding", "HTML entities", "JSON escapes", "control characters",
+                 "all in tag characters", "all in variation selectors of an emoji", "after harmless text", "in the middle of harmless text",
+                 "before harmless text", "across a window's edge", "code block", "quotation", "end marks after"):
         row = rates[name]
         assert row["stays_flagged"]["k"] == row["n"] == 12, name
         assert row["false_positives"]["k"] == 0, name

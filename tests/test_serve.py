@@ -19,7 +19,7 @@ from conftest import LLAMA_SERVER
 from serve_fakes import DONE, MARKER, FakeDetector, FakeDetoxifier, FakeUpstream, chunk, completion, serving, spoken, until
 
 from protector.errors import ModelError
-from protector.guard import Protector
+from protector.guard import REFUSAL, Protector
 from protector.serve import ServeConfig, create_app, run, uvicorn_options
 
 HARMFUL = f"Here is how it goes. You can mix {MARKER} in a closed bucket and wait for the gas."
@@ -95,16 +95,14 @@ def test_safe_answer_passes_and_the_request_arrives_as_it_was_sent(proxy):
     assert proxy.upstream.requests[0][1] == body
 
 
-@pytest.mark.parametrize("proxy", [{"rewrites": True}, {}], indirect=True)
-def test_flagged_answer_is_rewritten_or_refused(proxy):
+@pytest.mark.parametrize("proxy, action, shown, reason", [
+    ({"rewrites": True}, "rewrite", "Please keep the two apart.", "stop"), ({}, "refuse", REFUSAL, "content_filter")], indirect=["proxy"])
+def test_flagged_answer_is_rewritten_or_refused(proxy, action, shown, reason):
     proxy.upstream.json(completion(HARMFUL))
     response = proxy.chat()
-    choice, action = response.json()["choices"][0], response.headers["x-protector-action"]
-    assert response.status_code == 200 and MARKER not in response.text
-    if action == "rewrite":
-        assert choice["message"]["content"] == "Please keep the two apart." and choice["finish_reason"] == "stop"
-    else:
-        assert action == "refuse" and choice["finish_reason"] == "content_filter"
+    choice = response.json()["choices"][0]
+    assert response.status_code == 200 and response.headers["x-protector-action"] == action and MARKER not in response.text
+    assert choice["message"]["content"] == shown and choice["finish_reason"] == reason
 
 
 def test_31_several_choices_over_http(proxy):
@@ -165,7 +163,7 @@ def test_37_after_the_alarm_only_the_refusal_leaves_and_the_upstream_stops(proxy
     proxy.upstream.stream(*parts, *[item for _ in range(300) for item in (0.02, chunk({"content": "more of it "}))], DONE)
     start = time.monotonic()
     _, events = proxy.stream()
-    shown, refusal, after = content(events).partition(Protector(FakeDetector(), False, threshold=0.5).refusal)
+    shown, refusal, after = content(events).partition(REFUSAL)
     assert refusal and after == "" and HARMFUL.startswith(shown.removesuffix("\n\n"))
     assert last_choice(events)["finish_reason"] == "content_filter" and events[-1] == "[DONE]"
     assert proxy.upstream.left.wait(3) and time.monotonic() - start < 5 and proxy.is_idle()
@@ -481,7 +479,7 @@ def _raw(proxy, data, seconds=3.0):
 def test_58_bad_bodies_are_4xx_and_the_server_lives(proxy, path):
     json_type = {"content-type": "application/json"}
     deep = b"[" * 50_000 + b"]" * 50_000
-    for body in (b"", b"{", b"\xff\xfe{}", deep[:90_000], b'{"answer": NaN}', b'{"n": 1, "n": 2}', b"null", b'"text"', b"{}", b"\xef\xbb\xbf{}"):
+    for body in (b"", b"{", b"\xff\xfe{}", deep[:90_000], b"null", b'"text"', b"{}", b"\xef\xbb\xbf{}"):
         assert proxy.client.post(path, content=body, headers=json_type).status_code == 400
     valid = json.dumps({**CHAT, "answer": SAFE, "input": SAFE}).encode()
     for wrong in ({"content-type": "text/plain"}, {}, {"content-type": "application/x-www-form-urlencoded"}):
@@ -493,6 +491,20 @@ def test_58_bad_bodies_are_4xx_and_the_server_lives(proxy, path):
     assert proxy.client.post(path, content=valid, headers={**json_type, "x-long": "x" * 17_000}).status_code in (400, 431)
     assert proxy.client.get(path).status_code == 405 and proxy.client.get("/nothing").status_code == 404
     assert proxy.client.get("/health").status_code == 200 and proxy.is_idle()
+
+
+@pytest.mark.parametrize("path, valid", [("/v1/chat/completions", CHAT), ("/v1/guard", {"answer": SAFE}), ("/v1/moderations", {"input": SAFE})])
+def test_58_a_body_that_two_readers_may_read_in_two_ways_is_400(proxy, path, valid):
+    proxy.upstream.json(completion(SAFE))
+    *_, field = valid  # messages, answer or input
+    other = json.dumps({field: valid[field]})[1:-1]
+    plain = json.dumps(valid)
+    doubled, nested, nan = (f"{plain[:-1]}, {more}}}" for more in (other, '"x": {"a": 1, "a": 2}', '"x": NaN'))
+    cased = f"{plain[:-1]}, {other.replace(field, field.title(), 1)}}}"
+    for body in (doubled, *([nested, nan] if path != "/v1/guard" else []), *([cased] if path != "/v1/moderations" else [])):
+        assert proxy.client.post(path, content=body, headers={"content-type": "application/json"}).status_code == 400, body
+    assert proxy.upstream.requests == []
+    assert proxy.client.post(path, content=plain, headers={"content-type": "application/json"}).status_code == 200
 
 
 def test_58_a_flood_of_values_does_not_block_the_event_loop(proxy):

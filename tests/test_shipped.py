@@ -1,6 +1,5 @@
 """The shipped adapters on the real base: what a new user sees first."""
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -81,11 +80,20 @@ def test_m65_harmful_scores_above_harmless_in_every_backend(guard):
         scores[name] = np.array([backend.score(*pair) for pair in pairs])
         harmful, harmless = scores[name][0::2], scores[name][1::2]
         assert (harmful > harmless).mean() >= 0.95, name
-    parity = json.loads((ROOT / "results" / "parity.json").read_text())["quantisations"]
-    for quantisation in ("F16", "Q8_0"):
-        # The band was measured on other rows; the largest of 40 may lie a little beyond it.
-        band = 2 * parity[quantisation]["largest_score_difference"]
-        assert np.abs(scores[f"llama.cpp {quantisation}"] - scores["torch"]).max() <= band, quantisation
+    assert np.abs(scores["llama.cpp F16"] - scores["torch"]).max() < 0.005
+    # In Q8_0 a second look may be taken where F16 takes none: a few scores jump, most move little.
+    assert np.median(np.abs(scores["llama.cpp Q8_0"] - scores["torch"])) < 0.02
+
+
+def test_parity_takes_its_band_from_other_rows(tmp_path):
+    pytest.importorskip("torch", reason="the PyTorch backend needs torch")
+    from protector.evaluate import parity
+
+    assert parity._bands(np.array([0.1, 0.4, 0.3, 0.2])).tolist() == [0.4, 0.3, 0.4, 0.3]
+    result = parity.run(parity.ParityConfig(rows=12, quantisations=("F16",), results=str(tmp_path)))
+    found = result["quantisations"]["F16"]
+    assert result["rows"] == 12 and found["largest_score_difference"] < 0.005 and found["of_them_outside_the_band"] <= found["decisions_that_differ"]
+    assert (tmp_path / "parity.json").exists()
 
 
 def test_a_stream_says_what_the_whole_answer_says(guard):

@@ -10,7 +10,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from guard_fakes import FakeDetector, FakeDetoxifier, real_tokenizer
+from guard_fakes import SMALL, FakeDetector, FakeDetoxifier, real_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -180,12 +180,12 @@ def test_nothing_is_released_while_the_score_is_over_the_threshold(ids):
 
 def test_a_flagged_window_ends_the_stream(ids):
     """The score of a finished window is part of the whole answer's: no need to go on."""
-    text = " vinegar" + " calm" * 200
-    p, detector = make(ids)
+    logits = iter([-5.0] * (SMALL.window - 1) + [5.0] + [-5.0] * 1000)  # its last token alone: no alarm while it runs
+    p, detector = make(ids, detector=FakeDetector(ids, change=lambda batch: np.array([next(logits) for _ in batch])))
     state = StreamGuard(p, Q)
-    state.alarm_threshold = 1.0  # no alarm by the running score
-    events = [event for chunk in cut(text, 5) for event in state.push(chunk)]
-    assert events[-1].verdict.flagged and detector.n_fed < 40
+    events = [event for chunk in cut(" calm" * 200, 5) for event in state.push(chunk)]
+    v = events[-1].verdict
+    assert v.action == "refuse" and v.score == pytest.approx(1 / (1 + math.exp(-5))) and v.usage["windows"] == 2 and detector.n_fed < 40
 
 
 def test_on_flag_report_shows_all_and_says_flagged(ids):
@@ -323,11 +323,43 @@ def test_an_error_after_the_alarm_is_a_refusal_under_pass_too(ids, monkeypatch):
     assert events[-1].verdict.action == "refuse" and "vinegar" not in joined(events)
 
 
+@pytest.mark.parametrize("on_flag, action", [("refuse", "refuse"), ("report", "error")])
+def test_m53_an_error_once_the_score_is_over_the_threshold_is_no_way_to_the_original(ids, on_flag, action, monkeypatch):
+    """Regression: the original left where the flagged answer's view couldn't be scored, or the deadline came before an alarm."""
+    p, detector = make(ids, on_flag=on_flag, on_error="pass", deadline_ms=10 ** 6)
+    monkeypatch.setattr(detector, "running_logits", lambda *_: 1 / 0)  # views
+    text = "Use wa\u200bter and vinegar"
+    events = list(p.stream(Q, [text]))
+    v = events[-1].verdict
+    assert v.action == action and joined(events) == (text if on_flag == "report" else REFUSAL)
+    assert v.error == (None if on_flag == "refuse" else "ZeroDivisionError")
+
+    state, text = StreamGuard(p, Q), "Use warm water and a soft cloth and vinegar "
+    events = state.push(text)
+    assert state._whole > 0.5 and not state._alarm  # its last word only
+    events += state.expire() + state.finish()
+    v = events[-1].verdict
+    assert v.action == action and v.error.startswith("DeadlineExceeded")
+    if on_flag == "report":  # which shows flagged answers anyway
+        assert joined(events) == text and p.counters["unguarded"] == 2
+    else:
+        assert joined(events) == REFUSAL and v.flagged and v.score > 0.5 and p.counters["unguarded"] == 0
+    assert detector.n_open == 0
+
+
+def test_m53_an_error_in_the_last_step_ends_with_its_verdict_under_pass_too(ids, monkeypatch):
+    """Regression: the text left, and no event said that it was unguarded."""
+    p, detector = make(ids, on_error="pass")
+    monkeypatch.setattr(detector, "running_logits", lambda *_: 1 / 0)  # views
+    event, = p.stream(Q, ["Use wa\u200bter."])
+    assert event.text == event.verdict.text == "Use wa\u200bter." and event.verdict.action == "error" and p.counters["unguarded"] == 1
+
+
 def test_m17_a_stream_over_the_limit(ids):
     p, detector = make(ids, max_bytes=200)
     for chunks in (cut("calm " * 100, 5), ["calm " * 100], ["é" * 101], ["x"] * 201):
         v = list(p.stream(Q, chunks))[-1].verdict
-        assert v.action == "error" and v.error.startswith("_TooLong: input_too_long") or "input_too_long" in v.error
+        assert v.action == "error" and v.error.startswith("_TooLong: input_too_long: answer must have at most 200 bytes")
     assert list(p.stream(Q, ["é" * 100]))[-1].verdict.action == "pass"
     start = time.process_time()
     p.max_bytes = 256 * 1024
@@ -606,6 +638,24 @@ def test_m36_on_llama_cpp(llama_detector):
     for sizes in ((7,), (10_000,)):
         v = list(p.stream(Q, cut(text, *sizes)))[-1].verdict
         assert v.score == pytest.approx(p.score(Q, text), abs=1e-3) and v.text == text
+
+
+@pytest.mark.parametrize("deadline_ms", [None, 100])
+def test_m19_m21_a_stream_whose_view_waits_for_the_model(llama_detector, deadline_ms):
+    p = Protector(llama_detector, False, threshold=1.0, deadline_ms=deadline_ms)
+    state, events = StreamGuard(p, Q), []
+    scoring = threading.Thread(target=lambda: events.extend(state.push("Use wa\u200bter.") + state.finish()))
+    closing = threading.Thread(target=state.close)
+    with llama_detector.context.lock:  # as if another answer were scored
+        scoring.start()
+        if deadline_ms is None:
+            while not llama_detector.context._next.locked():
+                time.sleep(0.01)
+            closing.start()
+            closing.join(10)
+        scoring.join(10)
+        assert not scoring.is_alive() and not closing.is_alive()
+    assert state.done and [event.verdict.error.split(":")[0] for event in events] == ["DeadlineExceeded"] * (deadline_ms is not None)
 
 
 def test_a_view_is_longer_than_what_an_alarm_needs():

@@ -333,7 +333,7 @@ def test_a_crash_after_a_checkpoint_leaves_no_double_lines(tiny, rows, tmp_path,
 
 def test_checkpoints_that_do_not_fit(tiny, rows, tmp_path, monkeypatch):
     config = config_of(tiny, rows, tmp_path, checkpoint_s=0.0)
-    save = train._checkpoint
+    save, load = train._checkpoint, train.load_rows
 
     def stop(*args):
         save(*args)
@@ -345,7 +345,11 @@ def test_checkpoints_that_do_not_fit(tiny, rows, tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(ModelError) as error:
         train.train(replace(config, lr=1e-4), progress=False)
-    assert str(error.value) == f"train: {path} must be of this configuration, got another. Delete it or change --out."
+    assert str(error.value) == f"train: {path} must be of this configuration and these rows, got others. Delete it or change --out."
+    with monkeypatch.context() as patch:  # the same files by name, other rows in them
+        patch.setattr(train, "load_rows", lambda config: load(config)[:-1])
+        with pytest.raises(ModelError, match="and these rows, got others"):
+            train.train(config, progress=False)
     whole = path.read_bytes()
     for content in (whole[:len(whole) // 2], b"", b"junk"):
         path.write_bytes(content)
@@ -420,6 +424,8 @@ def test_bf16_is_taken_where_it_was_the_faster_one(monkeypatch):
     ({"device": "tpu"}, "train: device must be auto, cpu or cuda, got tpu. Leave it out."),
     ({"source_weights": ("a",)}, "train: source_weights must be SOURCE=NUMBER with a number >= 0, got a. Write it like diasafety=0.5."),
     ({"source_weights": ("a=-1",)}, "train: source_weights must be SOURCE=NUMBER with a number >= 0, got a=-1. Write it like diasafety=0.5."),
+    ({"kind": "detoxifier", "loss_weights": ("a=1",)},
+     "train: loss_weights must be left out for a detoxifier: its loss knows no labels. Use source_weights."),
     ({"loss_weights": ("a=1", "b=nan")},
      "train: loss_weights must be SOURCE=NUMBER with a number >= 0, got a=1 b=nan. Write it like diasafety=0.5."),
 ])

@@ -225,7 +225,9 @@ def rate(flags, groups=None):
 
     Answers to one question are no independent draws: with groups the interval is Wilson's at the effective sample size
 
-        n' = p (1 - p) / v,   v = G / (G - 1) sum_g ( sum_{i in g} (x_i - p) )^2 / n^2,   n' = G where all are alike, and never above n
+        n' = n p (1 - p) / (n - 1) / v,   v = G / (G - 1) sum_g ( sum_{i in g} (x_i - p) )^2 / n^2,   G groups
+
+    and n' = G where all flags are alike; it is never above n, and n where each group holds one.
 
     Args:
         flags: (n,) of 0, 1 or bool; None marks a missing one, which counts neither way.
@@ -249,6 +251,6 @@ def _effective(flags, groups):
     """How many independent flags tell as much as these."""
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.bincount(index, flags - flags.mean())
-    variance = len(sums) / max(len(sums) - 1, 1) * (sums**2).sum() / len(flags)**2
-    p = flags.mean()
-    return min(p * (1 - p) / variance, len(flags)) if variance > 0 else len(sums)
+    n, p = len(flags), flags.mean()
+    variance = len(sums) / max(len(sums) - 1, 1) * (sums**2).sum() / n**2
+    return float(min(n * p * (1 - p) / (n - 1) / variance, n)) if variance > 0 else len(sums)

@@ -6,8 +6,9 @@ import asyncio
 
 from langchain_core.messages import AIMessage, AIMessageChunk, convert_to_openai_messages
 from langchain_core.runnables import Runnable
+from langchain_core.runnables.config import var_child_runnable_config
 
-from ..chat import ChatRequest, ChatStream, guard_completion, read_request
+from ..chat import BadRequest, ChatRequest, ChatStream, guard_completion, read_request
 
 _ROLE = {"role": "assistant"}
 
@@ -15,7 +16,12 @@ _ROLE = {"role": "assistant"}
 class Guarded(Runnable):
     """A Runnable whose output, a str or an AIMessage, is guarded; invoke, stream, batch and their async forms.
 
-    A message's `response_metadata["protector"]` says what was done. An output of another type is a TypeError.
+    A message comes back with what was scored (content, tool calls, reasoning, refusal), its id, usage and finish reason, and
+    nothing else that it held; `response_metadata["protector"]` says what was done. An output of another type is a TypeError.
+
+    The caller's callbacks, and so astream_events and astream_log, see one run with the guarded chunks, and nothing inside it.
+    Unguarded text is seen by what LangChain adds to every run (tracing, set_debug, collect_runs) and by callbacks that the
+    runnable itself was made with.
 
     Args:
         runnable: the Runnable to guard.
@@ -30,15 +36,32 @@ class Guarded(Runnable):
 
     def invoke(self, input, config=None, **kwargs):
         """The guarded output."""
-        return self._guard(input, self.runnable.invoke(input, config, **kwargs))
+        return self._call_with_config(self._invoke, input, config, **kwargs)
 
     async def ainvoke(self, input, config=None, **kwargs):
         """The guarded output; scoring runs in a thread."""
-        return await asyncio.to_thread(self._guard, input, await self.runnable.ainvoke(input, config, **kwargs))
+        return await self._acall_with_config(self._ainvoke, input, config, **kwargs)
 
     def stream(self, input, config=None, **kwargs):
         """Guarded chunks; the runnable's stream is closed once nothing more of it can be shown."""
-        state, chunks, is_text = self._open(input), self.runnable.stream(input, config, **kwargs), None
+        return self._transform_stream_with_config(iter([input]), self._stream, config, **kwargs)
+
+    def astream(self, input, config=None, **kwargs):
+        """stream(), with scoring in a thread."""
+        async def inputs():
+            yield input
+
+        return self._atransform_stream_with_config(inputs(), self._astream, config, **kwargs)
+
+    def _invoke(self, input, config, **kwargs):
+        return self._guard(input, self.runnable.invoke(input, _unheard(config), **kwargs))
+
+    async def _ainvoke(self, input, config, **kwargs):
+        return await asyncio.to_thread(self._guard, input, await self.runnable.ainvoke(input, _unheard(config), **kwargs))
+
+    def _stream(self, inputs, config, **kwargs):
+        [input] = inputs
+        state, chunks, is_text = self._open(input), self.runnable.stream(input, _unheard(config), **kwargs), None
         try:
             for chunk in chunks:
                 is_text = isinstance(chunk, str)
@@ -53,10 +76,10 @@ class Guarded(Runnable):
             if hasattr(chunks, "close"):
                 chunks.close()
 
-    async def astream(self, input, config=None, **kwargs):
-        """stream(), with scoring in a thread."""
+    async def _astream(self, inputs, config, **kwargs):
+        [input] = [input async for input in inputs]
         state = await asyncio.to_thread(self._open, input)
-        chunks, is_text = self.runnable.astream(input, config, **kwargs), None
+        chunks, is_text = self.runnable.astream(input, _unheard(config), **kwargs), None
         try:
             async for chunk in chunks:
                 is_text = isinstance(chunk, str)
@@ -91,24 +114,31 @@ class Guarded(Runnable):
         messages = input.to_messages() if hasattr(input, "to_messages") else input
         if not isinstance(messages, (list, tuple)) or not messages:
             return ChatRequest()
-        return read_request({"messages": convert_to_openai_messages(list(messages))})
+        try:
+            return read_request({"messages": convert_to_openai_messages(list(messages))})
+        except ValueError:  # LangChain's quotes the part
+            raise BadRequest("Guarded: input must be messages that OpenAI's format can say, got another message or part. "
+                             "Give question, a function of the input.") from None
 
     def _guard(self, input, output):
         protector, request = self._loaded(), self._request(input)
         if isinstance(output, str):
             return protector.guard(request.question, request.prefill + output, request.history).text.removeprefix(request.prefill)
-        completion = {"choices": [{"index": 0, "message": _as_message(output)}]}
-        choice = guard_completion(protector, request, completion)[0]["choices"][0]
-        metadata = {"protector": choice["protector"]}
-        if choice["protector"]["action"] == "pass":
-            return output.model_copy(update={"response_metadata": output.response_metadata | metadata})
+        choice = {"message": _as_message(output), "finish_reason": output.response_metadata.get("finish_reason")}
+        choice = guard_completion(protector, request, {"choices": [choice]})[0]["choices"][0]
         message = choice["message"]
         calls = output.tool_calls if message.get("tool_calls") else []
         extra = {key: message[key] for key in ("reasoning_content", "reasoning", "refusal") if message.get(key)}
-        if choice["finish_reason"]:
-            metadata["finish_reason"] = choice["finish_reason"]
-        return AIMessage(message["content"] or "", tool_calls=calls, id=output.id, additional_kwargs=extra,
+        metadata = {key: choice[key] for key in ("finish_reason", "protector") if choice[key]}
+        return AIMessage(message["content"], tool_calls=calls, id=output.id, additional_kwargs=extra,
                          usage_metadata=output.usage_metadata, response_metadata=metadata)
+
+
+def _unheard(config):
+    """The config without the caller's callbacks, also in the context: there a Runnable that gets no config looks for them."""
+    config = config | {"callbacks": []}
+    var_child_runnable_config.set(config)  # only here: LangChain runs _invoke and the others in a copy of the context
+    return config
 
 
 def _as_message(output):
@@ -116,13 +146,14 @@ def _as_message(output):
     if not isinstance(output, AIMessage):
         raise TypeError(f"Guarded: output must be a str or an AIMessage, got {type(output).__name__}.")
     try:
-        message = convert_to_openai_messages(output)
+        # As text, LangChain would join blocks with newlines, which the shown text hasn't.
+        message = convert_to_openai_messages(output, text_format="block" if isinstance(output.content, list) else "string")
     except ValueError:
         return None
-    extra = {key: value for key, value in output.additional_kwargs.items() if key not in ("tool_calls", "function_call")}
+    extra = {key: value for key, value in output.additional_kwargs.items() if key != "tool_calls"}
     if output.invalid_tool_calls:  # arguments that are no JSON
         extra["invalid_tool_calls"] = True
-    return {**extra, **message, "content": _plain(message.get("content"))}
+    return {**extra, **message}
 
 
 def _plain(content):
@@ -139,7 +170,7 @@ def _as_events(chunk):
         return [{"choices": [{"index": 0, "delta": {**_ROLE, "content": chunk}}]}]
     if not isinstance(chunk, AIMessageChunk):
         raise TypeError(f"Guarded: chunk must be a str or an AIMessageChunk, got {type(chunk).__name__}.")
-    delta = {key: value for key, value in chunk.additional_kwargs.items() if key not in ("tool_calls", "function_call")}
+    delta = {key: value for key, value in chunk.additional_kwargs.items() if key != "tool_calls"}
     delta |= {**_ROLE, "content": _plain(chunk.content)}
     if chunk.tool_call_chunks:
         delta["tool_calls"] = [{"index": call.get("index") or 0, "id": call.get("id"), "type": "function",

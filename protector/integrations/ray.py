@@ -78,7 +78,7 @@ class Part(NamedTuple):
 def _parsed(line):
     try:
         return json.loads(line)
-    except ValueError:  # also what isn't UTF-8
+    except (ValueError, RecursionError):  # also what isn't UTF-8, or too deep
         return None
 
 
