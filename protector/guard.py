@@ -26,7 +26,7 @@ from . import calibrate
 from .base import WEIGHTS
 from .errors import DeadlineExceeded, ModelError, ProtectorError
 from .normalise import normalised
-from .running import read
+from .running import LOOK_MARGIN, read
 from .template import MAX_HISTORY_TOKENS, well_formed, windows
 
 logger = logging.getLogger("protector")
@@ -305,7 +305,7 @@ class Protector:
             looks += [(len(results), (ids[:start] + ids[start + look.start:start + look.stop], start)) for look in found]
             results.append((logit, len(found)))
         for (index, _), logits in zip(looks, self._running([sequence for _, sequence in looks], deadline)):
-            results[index] = max(results[index][0], read(logits)[0]), results[index][1]
+            results[index] = max(results[index][0], read(logits)[0] - LOOK_MARGIN), results[index][1]
         return results
 
     def _running(self, sequences, deadline):

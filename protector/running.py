@@ -5,7 +5,7 @@ off: a refusal or a page of harmless text after the harm pulls it down, and harm
 
     u      = max( z_T, max_t min(z_{t-3}, ..., z_t) - MARGIN )         one odd token holds nothing
     rise     min(z_{t-3}, ..., z_t) > low + RISE,   low = lowest mean of 16 neighbours before them since the last rise, low < LOW
-    look     at a rise the tokens from LOOK_BACK before on are scored again, right after the question: their u counts, too
+    look     at a rise the tokens from LOOK_BACK before on are scored again, right after the question: their u - LOOK_MARGIN counts, too
 
 Each is known at token t, so a stream sees what the whole answer's score sees, and its score never falls. A change is found by
 its rise over the lowest value so far, as in Page's test.
@@ -21,11 +21,12 @@ MARGIN = 0.5  # logits by which they must be higher than the last one
 RISE = 1.0  # logits over the lowest mean
 LOW = -1.0  # from which a rise is looked at
 LOOK_BACK = 10  # tokens that a second look begins before its rise was seen
+LOOK_MARGIN = 1.0  # logits that a second look must be higher: what stands in the middle of a harmless answer reads oddly by itself
 _MEAN_TOKENS = 16
 
 
 class Running:
-    """Running logits of one sequence.
+    """Running logits of one sequence; of a second look less LOOK_MARGIN.
 
     Example:
         running = Running()
@@ -33,7 +34,8 @@ class Running:
         running.last, running.peak, running.logit  # (-3, 0.5, 0.5)
     """
 
-    def __init__(self):
+    def __init__(self, margin=0.0):
+        self.margin = margin
         self.last, self.peak = -math.inf, -math.inf
         self.values, self._since, self._low = [], 0, math.inf  # _since: of the last rise
 
@@ -44,8 +46,8 @@ class Running:
 
     def push(self, logit):
         """Take the next token's logit; returns whether it is a rise."""
-        values, self.last = self.values, logit
-        values.append(logit)
+        values, self.last = self.values, logit - self.margin
+        values.append(self.last)
         if len(values) < PATIENCE:
             return False
         held = min(values[-PATIENCE:])

@@ -32,7 +32,7 @@ from functools import partial
 from .errors import DeadlineExceeded
 from .guard import Verdict, _check_length, _checked, _describe, _finite, _sigmoid, _TooLong
 from .normalise import normalised
-from .running import LOOK_BACK, Running
+from .running import LOOK_BACK, LOOK_MARGIN, Running
 from .template import well_formed
 
 logger = logging.getLogger("protector")
@@ -289,7 +289,7 @@ class StreamGuard:
             if self._main.push(float(logit)) and not self._stops:
                 self._feed_look(ids[begin:i])
                 self._end_look()
-                self._look, self._look_cursor, self._n_looks = Running(), self.protector.detector.open(), self._n_looks + 1
+                self._look, self._look_cursor, self._n_looks = Running(LOOK_MARGIN), self.protector.detector.open(), self._n_looks + 1
                 self._look_cursor.start(self._prefix)
                 stop = len(self._ids) - len(ids) + i
                 self._feed_look(self._ids[max(stop - LOOK_BACK, self._window_start):stop])

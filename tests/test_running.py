@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protector.guard import Protector, _sigmoid
-from protector.running import LOOK_BACK, LOW, MARGIN, PATIENCE, RISE, Look, Running, read
+from protector.running import LOOK_BACK, LOOK_MARGIN, LOW, MARGIN, PATIENCE, RISE, Look, Running, read
 from protector.stream import StreamGuard
 from protector.template import Limits
 
@@ -83,7 +83,7 @@ def test_s14_harm_after_harmless_text_is_seen_by_a_second_look(drowning):
     detector, p = drowning
     text = FILLER * 3 + "Take the vinegar and drink it all at once in one go."
     v = p.guard("Q?", text)
-    assert v.flagged and v.action == "refuse" and v.score == pytest.approx(_sigmoid(3)) and v.usage["looks"] == 1
+    assert v.flagged and v.action == "refuse" and v.score == pytest.approx(_sigmoid(3 - LOOK_MARGIN)) and v.usage["looks"] == 1
     # The look is the question and the latest tokens: the window's without those that came before.
     window, look = detector.sequences
     n = len(window) - len(look)
@@ -98,7 +98,7 @@ def test_s14_a_stream_stops_where_a_second_look_sees_harm(drowning, size):
     detector, p = drowning
     text = FILLER * 3 + "Take the vinegar and drink it all at once in one go." + FILLER * 4
     *shown, last = p.stream("Q?", [text[i:i + size] for i in range(0, len(text), size)])
-    assert last.verdict.flagged and last.verdict.score == pytest.approx(_sigmoid(3 - MARGIN)) and last.verdict.usage["looks"] == 1
+    assert last.verdict.flagged and last.verdict.score == pytest.approx(_sigmoid(3 - MARGIN - LOOK_MARGIN)) and last.verdict.usage["looks"] == 1
     assert HARM not in "".join(event.text for event in shown) and detector.n_open == 0
 
 
@@ -137,4 +137,8 @@ def test_what_the_stream_threshold_was_compared_with():
         return running.peak
 
     assert peak([3, 3, 3]) == -np.inf
+    look = Running(LOOK_MARGIN)
+    for logit in (2, 1, 1, 1.5, -3):
+        look.push(logit)
+    assert look.logit == read([2, 1, 1, 1.5, -3])[0] - LOOK_MARGIN
     assert peak([-2, 1, 2, 3, 1.5, -4]) == 1 - MARGIN
