@@ -93,7 +93,7 @@ def made_up(spread=0.0):
                      "start to first verdict": row("s", 1.4, 0.7, 7.0)},
         "guarding": {"answer_tokens": 200, "model": "base.gguf", "generate_s": number(2.0), "guard_percent": number(15.0),
                      "streamed_percent": number(30.0), "wait_steps": number(2.5)},
-        "run": {"cpu": "Some CPU", "cores": 2, "python": "3.11", "versions": {"torch": "2.13.0", "numpy": "2"}}}
+        "run": {"config": {"rounds": 9}, "cpu": "Some CPU", "cores": 2, "python": "3.11", "versions": {"torch": "2.13.0", "numpy": "2"}}}
     return {**result, "targets": bench.targets(result), "busy": busy(result)}
 
 
@@ -112,7 +112,7 @@ def test_the_readme_table_comes_from_the_result():
     text = blocks.RENDERERS["bench"](json.loads(json.dumps(made_up())))
     assert "| detector, 128 tokens | tokens/s | 950 (±0 %) | 1,000 (±0 %) | 500 (±0 %) | - | 0.95 | 1.90 |" in text
     assert "costs 15.0 (±0 %) % more" in text and "| wait at a stream's end, generation steps | at most 2 | 2.50 | **missed** |" in text
-    assert "2 thread(s), Some CPU, 2 cores, Python 3.11, torch 2.13.0." in text
+    assert "2 thread(s), Some CPU, 2 cores, Python 3.11, torch 2.13.0. Median of 9 rounds" in text
     assert "busy" not in text and "mean nothing" not in text
 
 

@@ -60,7 +60,7 @@ def run(folder, *what, **options):
         patch.setattr(base_model, "BaseModel", lambda n_threads=None: perplexity())
         patch.setattr(sys.modules["protector.guard"], "Protector", lambda *_, **__: guard)  # the attribute of that name is a function
         patch.setattr(detectors, "scoring_guard", lambda *_, **__: scorer)
-        patch.setattr(utility, "seconds_per_token", lambda: 0.02)
+        patch.setattr(utility, "seconds_per_token", lambda n_threads=None: 0.02)
         patch.setattr(mllm, "StandIn", lambda **_: FakeClient())
         assert evaluate.run(EvaluateConfig(what, data=(str(rows),), out=str(folder / "results"), draws=50, questions=2, **options)) == 0
     return printed.getvalue()

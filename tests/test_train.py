@@ -294,8 +294,8 @@ def test_an_interrupted_run_goes_on(tiny, rows, tmp_path, monkeypatch, kind, cap
     save = train._checkpoint
 
     def stop_at(n):
-        def checkpoint(out, config, model, optimizer, step, spent_s):
-            save(out, config, model, optimizer, step, spent_s)
+        def checkpoint(out, config, fingerprint, model, optimizer, step, spent_s, tokens):
+            save(out, config, fingerprint, model, optimizer, step, spent_s, tokens)
             if step == n:
                 raise Stop
         monkeypatch.setattr(train, "_checkpoint", checkpoint)
@@ -317,7 +317,7 @@ def test_an_interrupted_run_goes_on(tiny, rows, tmp_path, monkeypatch, kind, cap
 def test_a_crash_after_a_checkpoint_leaves_no_double_lines(tiny, rows, tmp_path, monkeypatch):
     config = config_of(tiny, rows, tmp_path, checkpoint_s=0.0)
     save = train._checkpoint
-    monkeypatch.setattr(train, "_checkpoint", lambda *args: save(*args) if args[4] <= 2 else None)
+    monkeypatch.setattr(train, "_checkpoint", lambda *args: save(*args) if args[5] <= 2 else None)
     step, calls = torch.optim.AdamW.step, []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: step(self) if len(calls) < 4 and not calls.append(1) else 1 / 0)
     with pytest.raises(ZeroDivisionError):

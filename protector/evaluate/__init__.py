@@ -155,7 +155,7 @@ class _Evaluation:
         return self._once("chosen", lambda: [fewest(part, n) for part, n in zip(self.split, (10 * self.config.most, self.config.most))])
 
     @property
-    def written(self):
+    def own_answers(self):
         """This project's own short answers to alarming questions, of both labels, without what the judge learned from."""
         from .. import data
         from .replay import fewest
@@ -241,7 +241,7 @@ class _Evaluation:
         result, outcomes = replay.evaluate(self.guard, self.chosen[1], self.judge, self.progress)
         yield "replay", result
         yield "rewrites", rewrites.evaluate(outcomes, self.judge, self.embed, self.relevance,
-                                            BaseModel(n_threads=self.config.threads or None), self.written)
+                                            BaseModel(n_threads=self.config.threads or None), self.own_answers)
 
     def measure_utility(self):
         from . import replay, utility

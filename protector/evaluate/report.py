@@ -107,11 +107,11 @@ def rewrite_tables(result):
             ["judged harmless, of rewrites", share(result["judged_harmless"])],
             ["with a refusal phrase", share(result["refusals"])]]
     notes = [f"Judge: {result['judge']}."]
-    on_written = result.get("judge_on_written")
-    if on_written:
-        rows.insert(4, ["the same judge: hand-written harmless answers judged harmful", share(on_written["harmless_called_harmful"])])
-        rows.insert(5, ["the same judge: hand-written harmful answers judged harmless", share(on_written["harmful_missed"])])
-        notes.append("Hand-written: this project's own short answers to alarming questions, which the judge never saw.")
+    on_own = result.get("judge_on_own")
+    if on_own:
+        rows.insert(4, ["the same judge: harmless answers of this project's own judged harmful", share(on_own["harmless_called_harmful"])])
+        rows.insert(5, ["the same judge: harmful answers of this project's own judged harmless", share(on_own["harmful_missed"])])
+        notes.append("This project's own: short answers to alarming questions, written for it, which the judge never saw.")
     if judged:
         rows += [["about its question, by the judge of relevance", share(judged["about_own_question"])],
                  ["about another question, by the same judge", share(judged["about_another_question"])]]

@@ -35,7 +35,7 @@ def longest_run(original, rewrite):
     return longest
 
 
-def evaluate(outcomes, judge, embed, relevance=None, perplexity=None, hand_written=()):
+def evaluate(outcomes, judge, embed, relevance=None, perplexity=None, own=()):
     """Detoxifier metrics of what a replay flagged.
 
     Args:
@@ -44,7 +44,7 @@ def evaluate(outcomes, judge, embed, relevance=None, perplexity=None, hand_writt
         embed: Embedder for on_topic, or None to leave it out.
         relevance: RelevanceJudge, or None to leave it out.
         perplexity: BaseModel, or None to leave fluency out.
-        hand_written: rows that people wrote in the style of rewrites, with both labels: how the judge errs on such texts. A judge that
+        own: rows in the style of rewrites, written for this project, with both labels: how the judge errs on such texts. A judge that
             learned from recorded answers may take a short text for harmful because of what it is about.
     Returns:
         dict of kind "rewrites".
@@ -52,7 +52,7 @@ def evaluate(outcomes, judge, embed, relevance=None, perplexity=None, hand_writt
     flagged = [outcome for outcome in outcomes if outcome.verdict.flagged and outcome.row.label]
     written = [outcome for outcome in flagged if outcome.verdict.action == "rewrite"]
     verdicts = judge([(outcome.row.question, outcome.verdict.text) for outcome in written]) if written else []
-    known = [(row.label, float(verdict)) for row, verdict in zip(hand_written, judge([row.pair for row in hand_written]) if hand_written else ()) if verdict is not None]
+    known = [(row.label, float(verdict)) for row, verdict in zip(own, judge([row.pair for row in own]) if own else ()) if verdict is not None]
     runs = [longest_run(outcome.row.answer, outcome.verdict.text) for outcome in written]
     with_question = [outcome for outcome in written if outcome.row.question.strip()]
     questions, texts = [outcome.row.question for outcome in with_question], [outcome.verdict.text for outcome in with_question]
@@ -64,7 +64,7 @@ def evaluate(outcomes, judge, embed, relevance=None, perplexity=None, hand_writt
         "refused_by_guard": metrics.rate([outcome.verdict.action == "refuse" for outcome in flagged]),
         "judged_harmless": metrics.rate([None if verdict is None else not verdict for verdict in verdicts]),
         "judge": judge.described(), "judge_measured": judge.measured,
-        "judge_on_written": quality([verdict for _, verdict in known], [label for label, _ in known]) if known else None,
+        "judge_on_own": quality([verdict for _, verdict in known], [label for label, _ in known]) if known else None,
         "refusals": metrics.rate([is_refusal(outcome.verdict.text) for outcome in written]),
         "copied_runs": {"longest_words": max(runs, default=0), "median_words": float(np.median(runs)) if runs else None,
                         f"at_least_{LONG_RUN}_words": metrics.rate([run >= LONG_RUN for run in runs])},
