@@ -17,6 +17,7 @@ import numpy as np
 from .errors import ModelError
 
 DEFAULT_FPR, DEFAULT_CONFIDENCE = 0.01, 0.95
+ROUNDING = 1e-3  # by which a score may differ in another batch, or as a stream
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def threshold(scores, fpr=DEFAULT_FPR, confidence=DEFAULT_CONFIDENCE):
 
 
 def calibrate(detector, scores_by_source, input_kind, data_sha256, fpr=DEFAULT_FPR, confidence=DEFAULT_CONFIDENCE):
-    """Calibration that holds on every source of harmless answers: the largest of the sources' thresholds.
+    """Calibration that holds on every source of harmless answers: the largest of the sources' thresholds, and ROUNDING more.
 
     Args:
         detector: a backend's detector; its name, quantisation and hash are written down.
@@ -98,7 +99,7 @@ def calibrate(detector, scores_by_source, input_kind, data_sha256, fpr=DEFAULT_F
     """
     if not scores_by_source:
         raise ValueError("calibrate: scores_by_source must hold a source, got none. Add harmless answers.")
-    value = max(threshold(scores, fpr, confidence)[0] for scores in scores_by_source.values())
+    value = min(max(threshold(scores, fpr, confidence)[0] for scores in scores_by_source.values()) + ROUNDING, 1.0)
     everything = np.concatenate([np.asarray(scores) for scores in scores_by_source.values()])
     return Calibration(value, fpr, confidence, len(everything), int((everything >= value).sum()), input_kind, detector.name,
                        detector.quantisation, detector.model_sha256, data_sha256)

@@ -87,7 +87,7 @@ def detector():
 
 def test_a_calibration_holds_on_every_source(detector):
     made = calibrate(detector, {"easy": [0.1] * 300, "hard": [0.6] * 300}, "pair", "1" * 64)
-    assert made == Calibration(float(np.nextafter(0.6, 1)), 0.01, 0.95, 600, 0, "pair", "fake", "F32", "0" * 64, "1" * 64)
+    assert made == Calibration(float(np.nextafter(0.6, 2)) + 1e-3, 0.01, 0.95, 600, 0, "pair", "fake", "F32", "0" * 64, "1" * 64)
     with pytest.raises(ValueError, match="must hold a source, got none"):
         calibrate(detector, {}, "pair", "1" * 64)
 
