@@ -471,7 +471,7 @@ def _child(name, argument, **environment):
 
 def _starting(detector, detoxifier, plain, rounds, threads, missing):
     """Seconds from import to the first verdict in a fresh process, and its memory beside the weights that it loads."""
-    ids = _ids(detector, 64)
+    ids = _ids(detector, 64)[0]
     pair = {"detector": str(detector.path), "detoxifier": "", "question": QUESTIONS[0], "answer": "Flour, water and a little salt.", "threads": threads}
     flagged = {**pair, "detoxifier": str(detoxifier.path), "question": HARMFUL[0], "answer": HARMFUL[1]}
     bare = {"file": str(_blocks(detector).path), "ids": ids, "threads": threads}
