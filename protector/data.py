@@ -145,7 +145,7 @@ def pairs_with_replies(pairs, found):
 
 def question_digest(question):
     """The first 16 hex digits of a question's sha256, spaces and case aside."""
-    return hashlib.sha256(" ".join(question.lower().split()).encode("utf-8", "replace")).hexdigest()[:16]
+    return hashlib.sha256(folded(question).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def unique(rows):
@@ -271,9 +271,14 @@ def fingerprint(rows):
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
+def folded(text):
+    """A text without what questions that are the same may differ in: case and white space."""
+    return " ".join(text.lower().split())
+
+
 def _question_key(row):
     # Answer-only rows have no question to share: each stands for itself.
-    return " ".join(row.question.lower().split()) or "\0" + (getattr(row, "answer", "") or row.rejected)
+    return folded(row.question) or "\0" + (getattr(row, "answer", "") or row.rejected)
 
 
 def _text_key(row):

@@ -182,6 +182,8 @@ def calibrate_file(config):
             entries.append(calibrate.calibrate(detector, by_source, kind, fingerprint, config.fpr, config.confidence))
         kept = detector.calibration
         del guard, detector
+    if not entries:  # nothing was asked for: what the file has stays
+        return []
     made = {(entry.quantisation, entry.backend, entry.fpr) for entry in entries}
     kept = [entry for entry in kept if (entry["quantisation"], entry["backend"], entry["fpr"]) not in made]
     found = calibrate.as_dicts(entries)

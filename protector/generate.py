@@ -167,7 +167,7 @@ def check(text, scenario, pool):
         if not least <= len(value) <= most:
             return None, f"{name} has not {least} to {most} characters"
     if scenario != NEAR_MISS:
-        if " ".join(row["accepted"].lower().split()) == " ".join(row["rejected"].lower().split()):
+        if data.folded(row["accepted"]) == data.folded(row["rejected"]):
             return None, "accepted and rejected are the same"
         if is_refusal(row["rejected"]):
             return None, "rejected refuses"

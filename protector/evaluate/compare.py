@@ -62,8 +62,9 @@ def run(config):
         detector = models.load(folder)
         if detector.config.kind != "detector":
             raise ValueError(f"compare: {folder} must be a detector, got a {detector.config.kind}.")
-        scores = {source: last_logits(detector, part) for source, part in sources.items()}
-        bound = np.quantile(last_logits(detector, harmless), 0.99, method="higher") if harmless else None
+        with torch.autocast(detector.device.type, torch.bfloat16, enabled=bf16_is_faster(detector.device)):
+            scores = {source: last_logits(detector, part) for source, part in sources.items()}
+            bound = np.quantile(last_logits(detector, harmless), 0.99, method="higher") if harmless else None
         first = first or scores
         result["detectors"][str(folder)] = {"trained": _trained(folder, detector), "sources": {
             source: _measured(scores[source], first[source], part, bound) for source, part in sources.items()}}
@@ -85,10 +86,8 @@ def last_logits(detector, answers):
         for window in windows(len(answer), template.limits.window, template.limits.overlap):
             sequences.append(template.detector_sequence(question, answer[window.start:window.stop])[0])
             owners.append(i)
-    with torch.autocast(detector.device.type, torch.bfloat16, enabled=bf16_is_faster(detector.device)):
-        logits = detector.logits(sequences)
     largest = np.full(len(answers), -np.inf, np.float32)
-    np.maximum.at(largest, owners, logits)
+    np.maximum.at(largest, owners, detector.logits(sequences))
     return largest
 
 

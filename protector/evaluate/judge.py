@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..data import folded
 from . import metrics
 from .endpoint import in_parallel
 from .rows import by_source, halves
@@ -119,14 +120,10 @@ def judge_rows(pairs, extra=(), detector_train=(), halve=True):
     """
     mine, measured = halves(pairs) if halve else ([], list(pairs))
     others = list(measured) + list(detector_train)
-    questions = {_key(row.question) for row in others if row.question.strip()}
-    answers = {_key(row.answer) for row in others}
-    kept = [row for row in mine + list(extra) if _key(row.question) not in questions and _key(row.answer) not in answers]
+    questions = {folded(row.question) for row in others if row.question.strip()}
+    answers = {folded(row.answer) for row in others}
+    kept = [row for row in mine + list(extra) if folded(row.question) not in questions and folded(row.answer) not in answers]
     return kept, measured
-
-
-def _key(text):
-    return " ".join(text.lower().split())
 
 
 def train_offline(train, measure, embed, ridge=3e-4, progress=False):

@@ -30,7 +30,7 @@ class Row:
     @property
     def group(self):
         """What rows must share to count as one draw: the case, else the question, else the answer itself."""
-        return self.case or " ".join(self.question.lower().split()) or "\0" + self.answer
+        return self.case or data.folded(self.question) or "\0" + self.answer
 
 
 def read(path):
