@@ -4,7 +4,8 @@
     triples  (question, accepted, rejected)    the paper's data           -> detoxifier; as two pairs each, detector
 
 Layouts, recognised by content:
-    JSONL, .gz too   {"question","answer","label"} or, the paper's way, {"question","answer","h"} with h = 1 harmless
+    JSONL, .gz too   {"question","answer","label"} or, the paper's way, {"question","answer","h"} with h = 1 harmless;
+                     "grade" beside or in place of them is P(harmful) as a grader sees it, from 0 to 1
                      {"question","accepted","rejected"}
     PKU-SafeRLHF     {"prompt","response_0","response_1","is_response_0_safe","is_response_1_safe"}, a JSONL file,
                      or "hub:PKU-Alignment/PKU-SafeRLHF" (the only path that uses the network, through `datasets`)
@@ -22,7 +23,7 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .errors import DataError
@@ -30,6 +31,7 @@ from .errors import DataError
 MAX_TEXT_BYTES = 1 << 20  # a training text above this is a broken row, not an answer
 CORPUS = Path(__file__).parent / "corpus"
 REPLIES = Path(__file__).parent / "replies.jsonl"  # accepted answers of this project to questions of public sets, by their digest
+GRADES = Path(__file__).parent / "grades.jsonl"  # how harmful answers of public sets are, as this project had them graded, by their digest
 _PYRIT_CSVS = "datasets/scorer_evals/harm/"
 
 
@@ -42,6 +44,12 @@ class Pair:
     label: int  # 1 = harmful
     source: str = ""
     weight: float = 1.0  # of this row in the loss; below 1 for weak or relative labels
+    grade: float | None = field(default=None, repr=False)  # P(harmful) by a grader, the loss's target in place of the label
+
+    @property
+    def target(self):
+        """What the loss compares the score with: the grade where there is one, else the label."""
+        return float(self.label if self.grade is None else self.grade)
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,39 @@ def question_digest(question):
     return hashlib.sha256(folded(question).encode("utf-8", "replace")).hexdigest()[:16]
 
 
+def grades(path=GRADES):
+    """{digest of an answer to a question: P(harmful)}: the texts are other people's data, the grades are this project's."""
+    return {row["answer_sha256"]: row["grade"] for _, row in _jsonl_rows(str(path)) if "answer_sha256" in row}
+
+
+def pairs_of_grades(pairs, path=GRADES):
+    """A pair for each graded answer that stands in the file whole and whose question, named by its digest, the pairs hold."""
+    questions = {question_digest(pair.question): pair.question for pair in pairs if pair.question.strip()}
+    return [Pair(questions[row["question_sha256"]], row["answer"], int(row["grade"] >= 0.5), "answers", grade=row["grade"])
+            for _, row in _jsonl_rows(str(path)) if row.get("question_sha256") in questions]
+
+
+def graded(pairs, found):
+    """The pairs with grades as their targets where they have one, and the label that the grade rounds to.
+
+    A label that is relative (the worse of two) or a weaker model's says less than a grade of the answer itself.
+
+    Args:
+        pairs: list of Pair. found: what grades() gives.
+    Returns:
+        list of Pair of the same length.
+    Example:
+        graded([Pair("Q?", "A.", 1)], {answer_digest("Q?", "A."): 0.25})[0].label  # 0
+    """
+    known = [found.get(answer_digest(pair.question, pair.answer)) for pair in pairs]
+    return [pair if grade is None else replace(pair, label=int(grade >= 0.5), grade=grade) for pair, grade in zip(pairs, known)]
+
+
+def answer_digest(question, answer):
+    """The first 16 hex digits of the sha256 of a question and an answer, spaces and case aside."""
+    return hashlib.sha256(f"{folded(question)}\0{folded(answer)}".encode("utf-8", "replace")).hexdigest()[:16]
+
+
 def unique(rows):
     """Rows without exact repeats, in order; a pair that stands with both labels is left out altogether."""
     labels = {}
@@ -194,8 +235,9 @@ def write_parts(path, folder, parts, seed=0):
         partial = Path(folder) / f"{name}.jsonl.partial"
         with open(partial, "w", encoding="utf-8") as file:
             for row in mine:
+                grade = {} if row.grade is None else {"grade": row.grade}
                 file.write(json.dumps({"question": row.question, "answer": row.answer, "label": row.label,
-                                       "source": row.source, "weight": row.weight}) + "\n")
+                                       "source": row.source, "weight": row.weight, **grade}) + "\n")
         os.replace(partial, partial.with_suffix(""))
     return counts
 
@@ -267,7 +309,9 @@ def cap_refusals(triples, share, seed=0):
 
 def fingerprint(rows):
     """sha256 of the rows, whatever their order: it says which data a model saw."""
-    digests = sorted(hashlib.sha256(repr(row).encode("utf-8", "replace")).digest() for row in rows)
+    # A row without a grade counts as it did before there were grades.
+    texts = [repr(row) + ("" if getattr(row, "grade", None) is None else repr(row.grade)) for row in rows]
+    digests = sorted(hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in texts)
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
@@ -308,7 +352,11 @@ def _sort(row, pairs, triples, source):
     if "rejected" in row:
         triples.append(Triple(question, _text(row, "accepted"), _text(row, "rejected"), source, weight))
     else:
-        pairs.append(Pair(question, _text(row, "answer"), _label(row), source, weight))
+        grade = row.get("grade")
+        if grade is not None and (isinstance(grade, bool) or not isinstance(grade, (int, float)) or not 0 <= grade <= 1):
+            raise ValueError(f"grade must be a number from 0 to 1, got {type(grade).__name__}")
+        label = int(grade >= 0.5) if grade is not None and not {"label", "h"} & row.keys() else _label(row)
+        pairs.append(Pair(question, _text(row, "answer"), label, source, weight, grade))
 
 
 def _label(row):

@@ -47,7 +47,7 @@ def prefix_harm_loss(logits, labels, mask, weights=None):
 
     Args:
         logits: (B, T) float, one per position.
-        labels: (B,) 0. or 1.; 1 is harmful.
+        labels: (B,) 0. or 1.; 1 is harmful. A soft label in between is a teacher's score.
         mask: (B, T) bool, true on answer tokens; every row has at least one.
         weights: (B,) float >= 0 with a positive sum, or None.
     Returns:

@@ -59,6 +59,7 @@ class TrainConfig:
     refusal_cap: float = field(default=0.2, metadata={"help": "largest share of stock refusals among accepted answers"})
     rewrite_tokens: int = field(default=160, metadata={"help": "longest accepted answer (detoxifier)"})
     replies: bool = field(default=False, metadata={"help": "answer the public sets' questions with this project's own accepted answers"})
+    grades: bool = field(default=False, metadata={"help": "this project's grades as labels where it graded the public sets' answers (detector)"})
     init: str = field(default="", metadata={"help": "folder of trained weights to start from"})
     seed: int = field(default=0, metadata={"help": "of data order and initialisation"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the blocks: some minutes before the first step, faster ones then"})
@@ -95,7 +96,7 @@ def detector_examples(rows, template, answer_only, augment, rng, dilute=0.0):
     Where an answer stands after harmless text, its label holds from its own start on.
     """
     limits, examples = template.limits, []
-    harmless = [row.answer for row in rows if not row.label]
+    harmless = [row.answer for row in rows if row.target < 0.2]
     for row in rows:
         question = "" if rng.random() < answer_only else row.question
         answer = row.answer
@@ -113,7 +114,7 @@ def detector_examples(rows, template, answer_only, augment, rng, dilute=0.0):
         question_ids, _ = template.clip_question(question)
         ids, start = template.detector_sequence(question_ids, answer_ids)
         start += n_before if row.label else 0
-        examples.append({"ids": ids, "start": start, "label": float(row.label), "weight": row.weight})
+        examples.append({"ids": ids, "start": start, "label": row.target, "weight": row.weight})
     return examples
 
 
@@ -185,6 +186,8 @@ def load_rows(config):
     for path in config.data:
         pairs, triples = data.read(path)
         rows += pairs + data.pairs_of(triples) if config.kind == "detector" else triples or data.triples_of(pairs)
+    if config.grades:
+        rows = data.graded(rows, data.grades(data.GRADES)) + data.pairs_of_grades(rows, data.GRADES)
     if config.replies:
         found = data.replies()
         rows = rows + data.pairs_with_replies(rows, found) if config.kind == "detector" else data.replied(rows, found)
@@ -240,6 +243,8 @@ def _check(config):
     _factors(config.source_weights, "source_weights")
     if _factors(config.loss_weights, "loss_weights") and config.kind != "detector":
         raise ValueError("train: loss_weights must be left out for a detoxifier: its loss knows no labels. Use source_weights.")
+    if config.grades and config.kind != "detector":
+        raise ValueError("train: grades must be left out for a detoxifier: its loss knows no labels.")
 
 
 def train(config, progress=True):

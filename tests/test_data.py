@@ -1,12 +1,14 @@
 """Every layout in, wrong rows out with file and row, splits and draws that keep questions together."""
 import collections
 import gzip
+import hashlib
 import json
 import random
 import re
 import sys
 import types
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -388,3 +390,41 @@ def test_own_replies_are_sane():
     assert len(found) > 300 and all(re.fullmatch("[0-9a-f]{16}", digest) for digest in found) and len(set(texts)) == len(texts)
     assert all(15 <= len(text.split()) <= 70 for text in texts)
     assert sum(data.is_stock_refusal(text) for text in texts) < 0.1 * len(texts)
+
+
+def test_grades_take_the_place_of_labels(tmp_path):
+    path = tmp_path / "grades.jsonl"
+    rows = [{"answer_sha256": data.answer_digest("How do I  pick a lock?", "With a  pin."), "grade": 0.85},
+            {"answer_sha256": data.answer_digest("", "Fine."), "grade": 0.15},
+            {"question_sha256": data.question_digest("Another?"), "answer": "Whatever you like.", "grade": 0.55},
+            {"question_sha256": data.question_digest("Nobody asked"), "answer": "Nothing.", "grade": 0.55}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [Pair("how do I pick a lock?", "with a pin.", 0, "s", 0.5), Pair("how do I pick a lock?", "Ask a locksmith.", 0), Pair("", "Fine.", 1), Pair("Another?", "Sorry.", 1)]
+    changed = data.graded(pairs, data.grades(path))
+    assert [(pair.label, pair.grade, pair.target) for pair in changed] == [(1, 0.85, 0.85), (0, None, 0.0), (0, 0.15, 0.15), (1, None, 1.0)]
+    assert [(pair.question, pair.answer, pair.source, pair.weight) for pair in changed] == [(pair.question, pair.answer, pair.source, pair.weight) for pair in pairs]
+    assert data.pairs_of_grades(pairs, path) == [Pair("Another?", "Whatever you like.", 1, "answers", grade=0.55)]
+    # graded rows are other data; rows without a grade have the fingerprint that they had before
+    assert data.fingerprint(changed[:1]) != data.fingerprint([replace(changed[0], grade=0.75)])
+    assert data.fingerprint(pairs[1:2]) == hashlib.sha256(hashlib.sha256(
+        b"Pair(question='how do I pick a lock?', answer='Ask a locksmith.', label=0, source='', weight=1.0)").digest()).hexdigest()
+
+
+def test_a_file_of_pairs_may_hold_grades(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"question": "A", "answer": "one", "grade": 0.75}\n{"question": "A", "answer": "two", "label": 0, "grade": 0.75}\n')
+    assert data.read(path)[0] == [Pair("A", "one", 1, "pairs", grade=0.75), Pair("A", "two", 0, "pairs", grade=0.75)]
+    data.write_parts(path, tmp_path / "parts", {"all": 1.0})
+    assert {pair.grade for pair in data.read(tmp_path / "parts" / "all.jsonl")[0]} == {0.75}
+    for bad in ('"high"', "1.5", "-0.1", "true", "NaN"):
+        path.write_text('{"question": "A", "answer": "one", "grade": %s}\n' % bad)
+        with pytest.raises(DataError, match="row 1: grade must be a number from 0 to 1"):
+            data.read(path)
+
+
+def test_own_grades_are_sane():
+    rows = [json.loads(line) for line in data.GRADES.read_text().splitlines()]
+    assert all(re.fullmatch("[0-9a-f]{16}", row.get("answer_sha256") or row["question_sha256"]) and 0 < row["grade"] < 1 for row in rows)
+    found = data.grades()
+    assert len(found) == sum("answer_sha256" in row for row in rows) > 13000
+    assert 0.2 < sum(grade >= 0.5 for grade in found.values()) / len(found) < 0.6

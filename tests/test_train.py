@@ -154,7 +154,7 @@ def test_batches_hold_each_example_once():
 
 # -- rows
 
-def test_load_rows(tiny, tmp_path, monkeypatch):
+def test_load_rows(tiny, template, tmp_path, monkeypatch):
     def file(name, *rows):
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -172,6 +172,13 @@ def test_load_rows(tiny, tmp_path, monkeypatch):
         patch.setattr(data, "replies", lambda: {data.question_digest("c"): ["kind"]})
         assert train.load_rows(replace(detector, replies=True))[6:] == [Pair("C", "kind", 0, "replies")]
         assert train.load_rows(replace(detector, kind="detoxifier", refusal_cap=1.0, replies=True))[1:] == [Triple("C", "kind", "bad", "triples")]
+    with monkeypatch.context() as patch:  # grades: the label of a graded answer, and graded answers more
+        patch.setattr(data, "GRADES", file("grades.jsonl", {"answer_sha256": data.answer_digest("a", "two"), "grade": 0.25},
+                                           {"question_sha256": data.question_digest("c"), "answer": "so so", "grade": 0.5}))
+        rows = train.load_rows(replace(detector, grades=True))
+        assert rows[1] == Pair("A", "two", 0, "pairs", grade=0.25) and rows[6:] == [Pair("C", "so so", 1, "answers", grade=0.5)]
+        examples = train.detector_examples(rows, template, 0.0, 0.0, random.Random(0))
+        assert [example["label"] for example in examples] == [0.0, 0.25, 1.0, 0.0, 0.0, 1.0, 0.5]
     # exclude: every row of these questions, in any spelling, and these answers to any question
     banned = file("dev.jsonl", {"question": " a ", "answer": "x", "label": 0}, {"question": "", "answer": "alone", "label": 0},
                   {"question": "Z", "accepted": "bad", "rejected": "y"})
