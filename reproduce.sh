@@ -105,7 +105,7 @@ evaluate() {
     say "evaluate: attacks before and after, utility, judge, rewrites; the page is $RUNS/report/index.html"
     local benchmarks=() most=60 questions=2
     [ -z "$DATA" ] || most=0 questions=0  # the full sets, hours on a CPU; what was answered stays in the cache when it is interrupted
-    [ -n "$DATA" ] && [ -d "$DATA/questions" ] && benchmarks=(--mm-safetybench "$DATA/questions/mm_safetybench" --figstep "$DATA/questions/figstep" --kinds text TYPO)
+    [ -n "$DATA" ] && [ -d "$DATA/questions" ] && benchmarks=(--mm-safetybench "$DATA/questions/mm_safetybench" --figstep "$DATA/questions/figstep")
     $PROTECTOR evaluate all --data "${DATA:-$RUNS/data}" --most "${MOST:-$most}" --questions "${QUESTIONS:-$questions}" ${benchmarks[@]+"${benchmarks[@]}"} --out "$RESULTS" --report "$RUNS/report"
 }
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from . import data
 from .errors import DataError
-from .evaluate.endpoint import Endpoint, EndpointError
+from .evaluate.endpoint import GIVE_UP, Endpoint, EndpointError
 from .evaluate.judge import is_refusal
 from .options import option
 
@@ -57,7 +57,6 @@ _PAIR = ("You help to train a safety filter that must not cry wolf. Write one ex
          "\"question\": what a user asks, as {style};\n\"answer\": a correct, harmless and helpful answer of two to four sentences.")
 _LIMITS = {"question": (8, 600), "accepted": (20, 2000), "rejected": (20, 2000), "answer": (20, 2000)}  # characters
 _SAME = 0.6  # share of common word triples from which two questions count as one
-_GIVE_UP = 12  # requests in a row without any answer
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ def generate(config, chat, progress=True):
     def ask(item):
         nonlocal misses
         scenario, i = item
-        if misses >= _GIVE_UP:
+        if misses >= GIVE_UP:
             return
         try:
             reply = chat.chat([{"role": "user", "content": prompt(scenario, i, config.seed)}], config.tokens, config.temperature,
@@ -239,7 +238,7 @@ def generate(config, chat, progress=True):
     report_path, partial = Path(config.out + ".report.json"), Path(config.out + ".report.partial")
     partial.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(partial, report_path)
-    if misses >= _GIVE_UP:
+    if misses >= GIVE_UP:
         raise EndpointError(f"generate: the server must answer, got nothing for {misses} requests in a row. Start again later: the run goes on.")
     return report
 

@@ -8,7 +8,7 @@ import pytest
 from evaluate_fakes import FakeDetector
 
 from protector.errors import DataError
-from protector.evaluate import detectors, record, rows
+from protector.evaluate import detectors, record, report, rows
 from protector.evaluate.rows import Row
 
 HARMFUL = "Go ahead, use bleach and vinegar in one bucket."
@@ -33,6 +33,34 @@ def test_every_number_of_a_perfect_detector():
     assert sum(row["n"] for row in source["reliability"]) == 40 and source["ece"]["low"] <= source["ece"]["value"] <= source["ece"]["high"]
     assert result["published"]["rows"]["WildGuard, 7B"][2] == 84.4
     assert result["detector"]["model"] == "fake.gguf" and result["detector"]["thresholds"]["pair"] == 0.5
+
+
+class SeesQuestions(FakeDetector):
+    """Logit 3 where question or answer speaks of bleach."""
+
+    def logits(self, sequences, deadline=None):
+        return np.array([3.0 if "bleach" in self.tokenizer.decode(ids) else -3.0 for ids in sequences], np.float32)
+
+
+def test_the_same_answers_without_their_question(monkeypatch):
+    some = [Row(f"May I use bleach, {i}?" if i % 2 else f"May I, {i}?", "Go ahead.", i % 2, "asked") for i in range(30)]
+    some += [Row("", "Mix bleach." if i % 2 else "Rinse it.", i % 2, "answers alone") for i in range(4)]
+    monkeypatch.setattr(detectors, "ANSWER_ONLY", 20)
+    guard = detectors.scoring_guard(SeesQuestions(), threshold=0.5)
+    guard.thresholds = {"pair": 0.5, "answer": 0.01}
+    monkeypatch.setattr(detectors, "scoring_guard", lambda *_, **__: guard)
+    result = record.plain(detectors.evaluate(None, some, sample(), draws=20))
+    alone = result["answer_only"]
+    assert alone["sources"].keys() == {"asked"} and (alone["at_most"], alone["threshold"]) == (20, 0.01)
+    part = alone["sources"]["asked"]
+    # What told them apart stood in the questions; sigmoid(-3) = 0.047 is above the threshold for answers alone.
+    assert (part["n"], part["questions"], part["auroc"], part["auroc_with_question"]) == (20, 20, {"value": 0.5, "low": 0.5, "high": 0.5}, 1)
+    assert part["recall"]["rate"] == part["false_positives"]["rate"] == 1 and part["recall"]["n"] == part["harmful"]
+    assert result["sources"]["asked"]["auroc"]["value"] == 1 and result["sources"]["asked"]["n"] == 30
+    [table] = [table for table in report.detector_tables(result) if table["title"] == "Detector without the question"]
+    assert table["rows"][0][:4] == ["asked", f"20 ({part['harmful']})", "0.500 [0.500, 0.500]", "1.000"] and "at most 20 of a source" in table["notes"][0]
+    del result["answer_only"]  # of an older run
+    assert len(report.detector_tables(result)) == 4
 
 
 def test_scores_are_those_of_guarding_whatever_the_batch():
@@ -99,6 +127,21 @@ def test_a_data_folder_and_its_gaps(tmp_path):
     paper = tmp_path / "paper.jsonl"
     paper.write_text(json.dumps({"question": "q", "answer": "a", "h": 1}) + "\n")
     assert rows.read(paper)[0].label == 0  # the paper's h = 1 is harmless
+
+
+def test_a_file_of_harmless_answers_is_a_source_of_its_own(tmp_path):
+    def write(name, *labels, **columns):
+        (tmp_path / name).write_text("".join(json.dumps({"question": f"q {i}", "answer": f"{name} {i}", "label": label, **columns}) + "\n"
+                                             for i, label in enumerate(labels)))
+        return tmp_path / name
+
+    labelled, harmful = write("labelled.jsonl", 0, 1), write("harmful.jsonl", 1, 1)
+    captions, named = write("captions.jsonl", 0, 0), write("other.jsonl", 0, source="my model")
+    inputs = rows.gather([captions, labelled, named])
+    assert [row.source for row in inputs.benign] == ["captions", "captions", "my model"] and {row.source for row in inputs.pairs} == {"labelled"}
+    # Without other harmless answers it is what the harmful ones are told apart from.
+    assert [row.label for row in rows.gather([harmful, captions]).pairs] == [1, 1, 0, 0] and not rows.gather([harmful, captions]).benign
+    assert len(rows.gather([captions]).pairs) == 2
 
 
 def test_wrong_rows_name_file_and_row_and_no_text(tmp_path):

@@ -8,7 +8,7 @@ from evaluate_fakes import tiny_llava
 from protector.data import Triple
 from protector.errors import DataError
 from protector.evaluate import likelihood, mllm
-from protector.evaluate.benchmarks import render
+from protector.evaluate.benchmarks import POINTER, render, rendered
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
 TRIPLES = [Triple("what is this", "rinse it .", "mix them ."), Triple("is this a cup", "rinse it .", "mix it .")]
@@ -101,7 +101,12 @@ def test_llava_losses_equal_its_own_loss(tmp_path):
 def test_the_stand_ins_text_path(tmp_path):
     triple = Triple("How do I descale a kettle?", "Boil vinegar and water in it, then rinse.", "Purple seven the running of, cloud.")
     client = mllm.StandIn(max_tokens=8, n_threads=1)
-    result = likelihood.measure(client, [triple], conditions=("text only", "blank image"), cache=tmp_path)
-    text, blank = (result["conditions"][name] for name in ("text only", "blank image"))
+    result = likelihood.measure(client, [triple], conditions=("text only", "blank image", "typographic image"), cache=tmp_path)
+    text, blank, drawn = (result["conditions"][name] for name in ("text only", "blank image", "typographic image"))
     assert text["gap"]["value"] < -1  # sense is likelier than nonsense
     assert blank["gap_change"]["value"] == 0  # a blank image has no letters: nothing changes on this path
+    # The drawn request comes back as letters, behind the text that points to it.
+    read = client.read(rendered(triple.question, tmp_path, size=672, font_size=48))
+    assert "descale" in read.lower() and drawn["gap"]["value"] < -1
+    losses = client.model.losses(f"{POINTER}\n\nThe image shows this text:\n{read}", triple.rejected)
+    assert drawn["harmful"]["value"] == pytest.approx(losses.mean())

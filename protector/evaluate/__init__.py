@@ -14,13 +14,13 @@ import sys
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 
-from ..errors import DataError
+from ..errors import DataError, ModelError
 from ..options import ModelOptions, option
 
 PARTS = ("judge", "detectors", "replay", "utility", "exact", "mm-safetybench", "figstep", "typographic", "likelihood")
 MLLMS = ("stand-in", "openai", "llama.cpp", "transformers", "replay")
 _WITH_LOGITS = ("stand-in", "transformers")
-_NEEDED = {"mm-safetybench": ("mm_safetybench",), "figstep": ("figstep",), "exact": ("exact_questions", "exact_answers")}
+_NEEDED = {"judge": ("data",), "mm-safetybench": ("mm_safetybench",), "figstep": ("figstep",), "exact": ("exact_questions", "exact_answers")}
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class EvaluateConfig(ModelOptions):
     """Attack success before and after, utility, detector and detoxifier metrics, and a report."""
 
     what: tuple[str, ...] = field(metadata={
-        "help": f"all, report, or some of: {', '.join(PARTS)}. all is what the given data, folders and MLLM allow; report only draws "
-                "what is in --out"})
+        "help": f"all, report, or some of: {', '.join(PARTS)}. all is what the given data, folders, MLLM and installed packages "
+                "allow; report only draws what is in --out"})
     data: tuple[str, ...] = option((), "data folders (dev_pairs.jsonl.gz and its siblings), labelled JSONL files, PyRIT's wheel")
     out: str = option("results", "folder for the JSON results")
     report: str = option("", "folder for the page, tables and plots; none if empty")
@@ -61,7 +61,8 @@ def run(config):
     Returns:
         0
     Raises:
-        DataError, ModelError, ValueError: what is wrong with the input, before anything long starts where it can be known.
+        DataError, ModelError, ValueError: what is wrong with the input, before anything long starts where it can be known. Under
+            all, a part whose model or package is missing is left out and named on stderr.
     """
     from . import record, report
 
@@ -69,9 +70,14 @@ def run(config):
     if what:
         done = _Evaluation(config)
         for part in what:
-            for name, result in done.measure(part):
-                path = record.write(config.out, name, result, asdict(config))
-                print(f"wrote {path}", file=sys.stderr)
+            try:
+                for name, result in done.measure(part):
+                    path = record.write(config.out, name, result, asdict(config))
+                    print(f"wrote {path}", file=sys.stderr)
+            except ModelError as error:
+                if "all" not in config.what:
+                    raise
+                print(f"evaluate: without {part}. {error}", file=sys.stderr)
     results = record.read_all(config.out)
     if not results:
         raise DataError(f"evaluate: out must hold results, got none in {config.out}. Run a part first.")
@@ -177,7 +183,8 @@ class _Evaluation:
         if not config.judge_url:
             return train_offline(*self.chosen, self.embed, progress=self.progress)
         judge = EndpointJudge(Endpoint(config.judge_url, config.judge_model), config.workers)
-        judge.measure(fewest(self.rows.pairs, 40), self.progress)
+        if self.inputs is not None:  # a benchmark needs no labelled answers; the judge then says that it wasn't measured
+            judge.measure(fewest(self.rows.pairs, 40), self.progress)
         return judge
 
     @property
@@ -240,14 +247,13 @@ class _Evaluation:
 
         result, outcomes = replay.evaluate(self.guard, self.chosen[1], self.judge, self.progress)
         yield "replay", result
-        yield "rewrites", rewrites.evaluate(outcomes, self.judge, self.embed, self.relevance,
+        yield "rewrites", rewrites.evaluate(self.guard, outcomes, self.judge, self.embed, self.relevance,
                                             BaseModel(n_threads=self.config.threads or None), self.own_answers)
 
     def measure_utility(self):
         from . import replay, utility
 
-        # Without answers of multimodal models the harmless labelled ones must do.
-        harmless = self.rows.benign or [row for row in self.rows.pairs if not row.label]
+        harmless = self.rows.benign + [row for row in self.rows.pairs if not row.label]
         yield "utility", utility.evaluate(self.guard, replay.fewest(harmless, self.config.most), utility.seconds_per_token(n_threads=self.config.threads or None),
                                           self.progress)
 

@@ -5,11 +5,13 @@ Sources call different things harmful, so there is no total over them. Each inte
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from ..data import spread
 from ..guard import Protector
 from . import metrics
 from .rows import by_source, fingerprint
@@ -22,6 +24,7 @@ PUBLISHED = {
              "WildGuard, 7B": [86.3, 64.2, 84.4, 94.7], "GuardReasoner, 1B": [84.8, 68.4, 85.8, 90.1],
              "Qwen3Guard-Gen, 0.6B": [85.0, 66.6, 86.1, 89.7], "Qwen3Guard-Stream, 0.6B": [83.1, 62.8, 84.5, 84.8]}}
 FPRS = (0.01, 0.05)
+ANSWER_ONLY = 400  # rows of a source that are scored a second time, without their question
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 
 
@@ -153,13 +156,40 @@ def evaluate(detector, rows, train, draws=1000, progress=False, **options):
     return {"kind": "detectors", "detector": described(guard), "rows": len(rows), "data_sha256": fingerprint(rows),
             "interval": f"95 % percentile bootstrap over questions, {draws} draws; rates: Wilson at the effective number of questions",
             "sources": sources, "bag_of_words": {"trained_on": len(train), "note": "best F1 on these rows", "sources": baselines},
+            "answer_only": {"at_most": ANSWER_ONLY, "threshold": guard.thresholds["answer"],
+                            "sources": answer_only(guard, rows, scores, draws, progress)},
             "published": PUBLISHED}
+
+
+def answer_only(guard, rows, scores, draws=1000, progress=False):
+    """What the detector tells where the question isn't known, per source, on at most ANSWER_ONLY of the rows that have one.
+
+    Args:
+        guard: scoring_guard(...).
+        rows: labelled rows. scores: (n,) theirs, with the question.
+    Returns:
+        {source: {"n", "harmful", "questions", "auroc", "recall", "false_positives", "auroc_with_question"}}, as of measure; the
+        last is the value on the same rows.
+    """
+    found, index = {}, {id(row): i for i, row in enumerate(rows)}
+    for source, part in by_source([row for row in rows if row.question.strip()]).items():
+        part = spread(part, ANSWER_ONLY)
+        labels = np.array([row.label for row in part])
+        measured = measure(score_rows(guard, [replace(row, question="") for row in part], progress=progress), labels,
+                           guard.thresholds["answer"], [row.group for row in part], draws)
+        found[source] = {**{name: measured[name] for name in ("n", "harmful", "questions", "auroc", "recall", "false_positives")},
+                         "auroc_with_question": metrics.auroc(scores[[index[id(row)] for row in part]], labels)}
+    return found
 
 
 def described(guard):
     """What scored: file, backend, quantisation, thresholds and their promise."""
-    detector = guard.detector
-    path = getattr(detector, "path", None)
-    return {"model": Path(path).name if path else type(detector).__name__, "backend": detector.name,
-            "quantisation": detector.quantisation, "sha256": getattr(detector, "model_sha256", None),
-            "thresholds": guard.thresholds, "calibration": list(getattr(detector, "calibration", ()))}
+    return {**named(guard.detector), "thresholds": guard.thresholds, "calibration": list(getattr(guard.detector, "calibration", ()))}
+
+
+def named(model):
+    """Which detector or detoxifier: file, backend, quantisation, hash; None where it doesn't say."""
+    path = getattr(model, "path", None)
+    return {"model": Path(path).name if path else type(model).__name__, "backend": getattr(model, "name", None),
+            "quantisation": getattr(model, "quantisation", None),
+            "sha256": getattr(model, "model_sha256", None) or getattr(getattr(model, "metadata", None), "model_sha256", None)}

@@ -1,6 +1,8 @@
 """One chat request to any OpenAI-compatible server, with patience: what fails is tried again, and then it is an error."""
+import http.client
 import json
 import os
+import sys
 import threading
 import time
 import urllib.error
@@ -13,12 +15,17 @@ from tqdm import tqdm
 from ..errors import ProtectorError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+GIVE_UP = 12  # requests in a row without any answer
 _LONGEST_WAIT_S = 60.0
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
 class EndpointError(ProtectorError, RuntimeError):
     """A server gave no usable answer after every attempt; holds no text of a question or an answer."""
+
+
+class SilentError(EndpointError):
+    """A server gave nothing in this protocol at any attempt: it is down, hangs or is overloaded."""
 
 
 class Endpoint:
@@ -53,7 +60,8 @@ class Endpoint:
         Returns:
             str, or what `accept` returned.
         Raises:
-            EndpointError: no usable answer after every attempt, or a request that the server will never take.
+            EndpointError: no usable answer after every attempt, or a request that the server will never take; SilentError
+                if every attempt failed without an answer.
         """
         body = json.dumps({"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature,
                            **options}).encode()
@@ -61,7 +69,7 @@ class Endpoint:
         key = os.environ.get(self.key_variable)
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        wait_s, reason = self.backoff_s, ""
+        wait_s, reason, failure = self.backoff_s, "", SilentError
         for attempt in range(self.attempts):
             self._count("requests")
             if attempt:
@@ -72,12 +80,10 @@ class Endpoint:
                 request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                     text = json.loads(response.read())["choices"][0]["message"]["content"]
-                if not isinstance(text, str):
-                    raise TypeError("content")
-                result = text if accept is None else accept(text)
+                result = None if not isinstance(text, str) else text if accept is None else accept(text)
                 if result is not None:
                     return result
-                reason = "an answer of another form than asked for"
+                reason, failure = "an answer of another form than asked for", EndpointError
             except urllib.error.HTTPError as error:
                 with error:
                     reason = f"status {error.code}"
@@ -86,11 +92,12 @@ class Endpoint:
                         raise EndpointError(f"chat: {self.url} must take the request, got {reason}. Check address, model and "
                                             f"${self.key_variable}.") from None
                     wait_s = max(wait_s, _seconds(error.headers.get("Retry-After")))
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:  # refused, hung, cut, or not this protocol
+            # Refused, hung, cut, or not this protocol; JSON nested too deep.
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
                 reason = type(error).__name__
         self._count("failed")
-        raise EndpointError(f"chat: {self.url} must answer within {self.attempts} attempts of {self.timeout_s} s, got {reason} "
-                            "at the last. Check the server, or raise timeout_s.")
+        raise failure(f"chat: {self.url} must answer within {self.attempts} attempts of {self.timeout_s} s, got {reason} "
+                      "at the last. Check the server, or raise timeout_s.")
 
     def _count(self, name):
         with self._lock:
@@ -105,13 +112,29 @@ def _seconds(header):
 
 
 def in_parallel(function, items, workers=4, progress=False, desc=""):
-    """Results of function(item) in order; EndpointError becomes None, which the caller shows as missing."""
+    """Results of function(item) in order; EndpointError becomes None, which the caller shows as missing.
+
+    A server that is silent GIVE_UP times in a row isn't asked again: the rest is None, and a line on stderr says so.
+    """
+    lock, silent, left = threading.Lock(), 0, 0
 
     def attempt(item):
+        nonlocal silent, left
+        with lock:
+            if silent >= GIVE_UP:
+                left += 1
+                return None
         try:
-            return function(item)
-        except EndpointError:
-            return None
+            result, failed = function(item), False
+        except EndpointError as error:
+            result, failed = None, isinstance(error, SilentError)
+        with lock:
+            silent = silent + 1 if failed else 0
+        return result
 
     with ThreadPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(attempt, items), total=len(items), disable=not progress, desc=desc))
+        results = list(tqdm(pool.map(attempt, items), total=len(items), disable=not progress, desc=desc))
+    if left:
+        print(f"{desc or 'asking'}: the server must answer, got nothing for {GIVE_UP} requests in a row. The other {left} weren't made and "
+              "count as missing: start again later.", file=sys.stderr)
+    return results

@@ -6,7 +6,8 @@
     StandIn               OCR + the base model: pixels in, text out, for a machine without MLLM weights; not an MLLM
     Replay                recorded answers
 
-A client has a `name`, which says what answered and with which settings, and fits Protector.wrap.
+A client has a `name`, which says what answered and with which settings, and fits Protector.wrap. Its `identity` tells two of one
+name apart: the model's file or server, and each setting that an answer hangs on.
 """
 import base64
 import hashlib
@@ -27,6 +28,15 @@ OCR_INSTALL = ("pip install --no-deps rapidocr-onnxruntime==1.4.4 && "
                "pip install onnxruntime opencv-python-headless pyclipper shapely six PyYAML pillow tqdm")
 
 
+def stamp(path):
+    """A model's file or folder as it is now: the resolved path, and name, size and time of each file; a hub name as it is."""
+    path = Path(path)
+    if not path.exists():
+        return [str(path)]
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    return [str(path.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
+
+
 class OpenAIClient:
     """A model behind an endpoint.
 
@@ -38,12 +48,14 @@ class OpenAIClient:
     def __init__(self, endpoint, max_tokens=MAX_TOKENS):
         self.endpoint, self.max_tokens = endpoint, max_tokens
         self.name = f"{endpoint.model}, at most {max_tokens} tokens"
+        self.identity = [endpoint.url, endpoint.model, max_tokens]
 
     def __call__(self, question, image=None):
         content = [{"type": "text", "text": question}]
         if image is not None:
             content.insert(0, {"type": "image_url", "image_url": {"url": data_url(image)}})
-        return self.endpoint.chat([{"role": "user", "content": content if image is not None else question}], self.max_tokens)
+        return self.endpoint.chat([{"role": "user", "content": content if image is not None else question}], self.max_tokens,
+                                  accept=lambda text: text if text.strip() else None)
 
 
 def data_url(image):
@@ -81,6 +93,7 @@ class LlamaVisionClient:
         except ValueError as error:
             raise ModelError(f"LlamaVisionClient: model must be a vision GGUF that llama.cpp loads, got {error}.") from None
         self.max_tokens, self.name, self._lock = max_tokens, f"{Path(model).stem}, at most {max_tokens} tokens", threading.Lock()
+        self.identity = [stamp(model), stamp(mmproj), max_tokens]
 
     def __call__(self, question, image=None):
         content = [{"type": "text", "text": question}]
@@ -113,6 +126,7 @@ class TransformersClient:
             raise ModelError("TransformersClient: folder must hold an image-text-to-text model, got "
                              f"{type(error).__name__}: {error}") from None
         self.max_tokens, self.name = max_tokens, f"{Path(folder).name}, at most {max_tokens} tokens"
+        self.identity = [stamp(folder), getattr(self.model.config, "_commit_hash", None), max_tokens]  # the hash: of a hub's model
 
     def inputs(self, question, image=None):
         """What the model reads: a user's turn and the opened answer."""
@@ -165,6 +179,7 @@ class StandIn:
 
         self.model, self.max_tokens = model or BaseModel(n_threads=n_threads), max_tokens
         self.name = f"stand-in, not an MLLM: RapidOCR + {self.model.name}, at most {max_tokens} tokens"
+        self.identity = ["stand-in", stamp(self.model.path), max_tokens]
         self._ocr, self._lock, self._read = None, threading.Lock(), {}
 
     def read(self, image):
@@ -249,7 +264,8 @@ def read_recorded(path):
 
     Args:
         path: JSON lines {"question", "answer"}, with "kind" (as Sample has it; "text" if absent) and "seconds" (that the
-            model took) where they are known. The question is the benchmark's text-only wording.
+            model took) where they are known. The question is the benchmark's text-only wording. A row with an empty answer is
+            left out: missing, not safe.
     Returns:
         {(question, kind): Answer}
     Raises:
@@ -267,12 +283,13 @@ def read_recorded(path):
                 raise TypeError
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DataError(f"{path}, row {number}: must be a JSON object with question and answer; seconds is a number.") from None
-        answers[question, kind] = answer
+        if answer.text.strip():  # an empty one is missing
+            answers[question, kind] = answer
     return answers
 
 
 class Cached:
-    """A client whose answers are kept on disk, so that a run resumes where it stopped.
+    """A client whose answers are kept on disk by its identity, so that a run resumes where it stopped.
 
     Args:
         client: any client of this module.
@@ -283,7 +300,7 @@ class Cached:
         self.client, self.name, self._lock = client, client.name, threading.Lock()
         folder = Path(folder) if folder else cache_dir() / "answers"
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{hashlib.sha256(client.name.encode()).hexdigest()[:16]}.jsonl"
+        self.path = folder / f"{hashlib.sha256(repr(client.identity).encode()).hexdigest()[:16]}.jsonl"
         self.known = {}
         if self.path.exists():
             content = self.path.read_bytes()
@@ -301,12 +318,14 @@ class Cached:
         """Answer, from disk if it is there.
 
         Raises:
-            EndpointError: the client gave none; nothing is kept, and the next run asks again.
+            EndpointError: the client gave none, or an empty one; nothing is kept, and the next run asks again.
         """
         key = hashlib.sha256(f"{question}\0{file_sha256(image) if image is not None else ''}".encode("utf-8", "replace")).hexdigest()
         if key not in self.known:
             start = time.perf_counter()
             answer = Answer(self.client(question, image), round(time.perf_counter() - start, 4))
+            if not answer.text.strip():  # nothing to judge: it would pass for harmless
+                raise EndpointError("Cached: an answer must have words, got none. It counts as missing.")
             with self._lock, open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "answer": answer.text, "seconds": answer.seconds}) + "\n")
                 self.known[key] = answer

@@ -3,12 +3,13 @@ import re
 from html import escape
 from pathlib import Path
 
-from . import metrics, plots, record
+from . import plots, record
+from .judge import accuracy_text
 
 SMALL = 20  # rows; sources below are left out of tables, and the table says so
 
 
-def share(value, missing=True):
+def share(value, missing=True, digits=1):
     """A rate as text: "12.3 % [9.1, 16.4], n 340"; missing ones are named.
 
     Example:
@@ -16,7 +17,8 @@ def share(value, missing=True):
     """
     if not value or value["rate"] is None:
         return "–" + (f", {value['missing']} missing" if value and value.get("missing") else "")
-    text = f"{100 * value['rate']:.1f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}], n {value['n']}"
+    rate, low, high = (f"{100 * value[name]:.{digits}f}" for name in ("rate", "low", "high"))
+    text = f"{rate} % [{low}, {high}], n {value['n']}"
     return text + (f", {value['missing']} missing" if missing and value.get("missing") else "")
 
 
@@ -38,34 +40,69 @@ def _large(parts):
     return {name: part for name, part in parts.items() if part["n"] >= SMALL}
 
 
+def _left_out(parts):
+    """A note on the parts that a table doesn't show; none if it shows all."""
+    small = [name for name in parts if name not in _large(parts)]
+    return [f"Left out with fewer than {SMALL} answers: {', '.join(small)}; their numbers are in the JSON."] if small else []
+
+
+def _models_left_out(sources):
+    """A note on the models that have no row, of {source: {model: part}}; none if all have one."""
+    told = []
+    for source, models in sources.items():
+        small = [part["n"] for part in models.values() if part["n"] < SMALL]
+        told += [f"{len(small)} of {source} ({sum(small)} answers)"] if small else []
+    return [f"Models left out with fewer than {SMALL} answers each: {', '.join(told)}; their numbers are in the JSON."] if told else []
+
+
 def detector_tables(result):
     named, large, words = result["detector"], _large(result["sources"]), result["bag_of_words"]["sources"]
     rows = [[source, f"{part['n']} ({part['harmful']})", number(part["auroc"]), number({"value": words[source]["auroc"]}),
              number(part["auprc"]), number(part["f1"]), number({"value": part["f1_always_harmful"]}), number(part["recall_at_1%_fpr"]),
-             number(part["recall_at_5%_fpr"]), number(part["ece"])] for source, part in large.items()]
+             number(part["recall_at_5%_fpr"]), number(words[source].get("recall_at_5%_fpr")), number(part["ece"])]
+            for source, part in large.items()]
     at = [[source, share(part["recall"]), share(part["false_positives"]), number({"value": part["best_f1"]["value"]}),
            number({"value": words[source]["f1"]})] for source, part in large.items()]
     notes = [f"{named['model']}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}. "
-             f"Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them."]
-    left_out = [source for source in result["sources"] if source not in large]
-    if left_out:
-        notes.append(f"Left out with fewer than {SMALL} answers: {', '.join(left_out)}; their numbers are in the JSON.")
+             f"Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them.", *_left_out(result["sources"])]
     edges = [(i / 10, (i + 1) / 10) for i in range(10)]
     bins = [[source, *(next((f"{row['share']:.2f} ({row['n']})" for row in part["reliability"] if round(10 * row["low"]) == i), "–")
                        for i in range(10))] for source, part in large.items()]
+    alone = result.get("answer_only")
+    without = [{"title": "Detector without the question",
+                "head": ["source", "n (harmful)", "AUROC, answer alone", "AUROC, with the question", "harmful flagged", "harmless flagged"],
+                "rows": [[source, f"{part['n']} ({part['harmful']})", number(part["auroc"]), number(part["auroc_with_question"]),
+                          share(part["recall"]), share(part["false_positives"])] for source, part in _large(alone["sources"]).items()],
+                "notes": [f"The same answers scored as if nothing were known of their question, at most {alone['at_most']} of a source, and "
+                          f"flagged at the answer-only threshold {alone['threshold']:.3f}. AUROC with the question: of these very answers.",
+                          *_left_out(alone["sources"])]}] if alone and alone["sources"] else []
     published = result["published"]
+    ours, at_best = _beside_published(large, published["columns"])
     return [
         {"title": "Detector", "rows": rows, "notes": notes,
          "head": ["source", "n (harmful)", "AUROC", "AUROC, word counts", "AUPRC", "F1 at threshold", "F1, always “harmful”",
-                  "recall at 1 % FPR", "recall at 5 % FPR", "ECE"]},
+                  "recall at 1 % FPR", "recall at 5 % FPR", "recall at 5 % FPR, word counts", "ECE"]},
         {"title": "Detector at its threshold", "head": ["source", "harmful flagged", "harmless flagged", "best F1", "best F1, word counts"],
          "rows": at, "notes": ["Best F1: its threshold was chosen on the same answers, an upper bound."]},
+        *without,
         {"title": "Calibration", "head": ["source", *(f"{low:.1f}–{high:.1f}" for low, high in edges)], "rows": bins,
          "notes": ["Share of harmful answers (n) among those scored in each tenth; a calibrated score has 0.05, 0.15, ... 0.95. "
                    "ECE is the mean distance, weighted by n."]},
         {"title": "Published guards", "head": ["model", *published["columns"]],
-         "rows": [[name, *(f"{value:.1f}" for value in values)] for name, values in published["rows"].items()],
-         "notes": [f"{published['unit']}. Source: {published['source']}. On SafeRLHF the constant answer beats most guards."]}]
+         "rows": [[name, *(f"{value:.1f}" for value in values)] for name, values in published["rows"].items()] + ours,
+         "notes": [f"{published['unit']}. Source: {published['source']}. On SafeRLHF the constant answer beats most guards.", *at_best]}]
+
+
+def _beside_published(sources, columns):
+    """(rows of this detector beside published guards', their note): its F1 on BeaverTails, where that was measured."""
+    for source, part in sources.items():
+        if source.lower().startswith("beavertails") and part["f1"]["value"] is not None:
+            percent = {name: 100 * part["f1"][name] for name in ("value", "low", "high")}
+            cells = [f"{number(percent, 1)}, n {part['n']}" if column == "BeaverTails" else "–" for column in columns]
+            return [["this detector, at its threshold", *cells]], [
+                f"This detector: on {source}, a part of that test set; {100 * part['best_f1']['value']:.1f} at the best threshold for these "
+                "answers, an upper bound."]
+    return [], []
 
 
 def _attack_row(name, part):
@@ -85,12 +122,18 @@ def replay_tables(result):
                              ("the judge", by_judge, "Labels: the judge alone, before and after.")):
         tables.append({"title": f"Attack success in replay, by {who}", "head": ["source", *head],
                        "rows": [_attack_row(source, part) for source, part in parts.items()],
-                       "notes": [note, f"Judge: {result['judge']}.", f"Intervals: {result['interval']}."]})
+                       "notes": [note, f"Judge: {result['judge']}.", f"Intervals: {result['interval']}.",
+                                 *_left_out({source: part["human"] for source, part in result["sources"].items()})]})
+    without_table = {}
     for source, models in result["models"].items():
-        rows = [_attack_row(name, part) for name, part in _large({name: part["human"] for name, part in models.items()}).items()]
+        parts = {name: part["human"] for name, part in models.items()}
+        rows = [_attack_row(name, part) for name, part in _large(parts).items()]
         if rows:
             tables.append({"title": f"Real models in replay: {source}", "head": ["model", *head], "rows": rows,
-                           "notes": [f"Labels: {result['human_note']}. Judge: {result['judge']}."]})
+                           "notes": [f"Labels: {result['human_note']}. Judge: {result['judge']}.", *_models_left_out({source: parts})]})
+        else:
+            without_table[source] = parts
+    tables[0]["notes"] += _models_left_out(without_table)
     rows = [[source, share(part["keywords_before"]), share(part["keywords_after"])] for source, part in human.items()]
     tables.append({"title": "Refusal keywords in replay", "head": ["source", "no refusal phrase, before", "after"], "rows": rows,
                    "notes": [f"Misjudges: {result['keywords_note']}."]})
@@ -107,6 +150,10 @@ def rewrite_tables(result):
             ["judged harmless, of rewrites", share(result["judged_harmless"])],
             ["with a refusal phrase", share(result["refusals"])]]
     notes = [f"Judge: {result['judge']}."]
+    if result.get("detector"):
+        wrote = f"; rewrites by {result['detoxifier']['model']}" if result["detoxifier"] else ""
+        notes.insert(0, f"Guard: {result['detector']['model']}, {result['detector']['quantisation']}, threshold "
+                        f"{result['detector']['thresholds']['pair']:.3f}{wrote}.")
     on_own = result.get("judge_on_own")
     if on_own:
         rows.insert(4, ["the same judge: harmless answers of this project's own judged harmful", share(on_own["harmless_called_harmful"])])
@@ -126,14 +173,17 @@ def rewrite_tables(result):
         own, recorded = ({**perplexity[name], "value": perplexity[name]["median"]} for name in ("rewrites", "recorded_harmless_answers"))
         rows.append(["perplexity, median", f"{number(own, 1)}, n {own['n']}; recorded harmless answers {number(recorded, 1)}, "
                                            f"n {recorded['n']}"])
-        notes.append(f"Perplexity under {perplexity['model']}.")
+        notes.append(f"Perplexity under {perplexity['model']}: the shipped detoxifier's base, to which greedy text of the "
+                     "same base looks fluent.")
     tables = [{"title": "Detoxifier", "head": ["", "share"], "rows": rows, "notes": notes}]
     if judged:
+        measured = judged["judge_measured"]
+        accuracies = {source: part["accuracy"] for source, part in measured.items()}
         tables.append({"title": "The judge of relevance, judged", "head": ["source", "accuracy", "matching passed", "shuffled passed"],
-                       "rows": [[source, *(share(part[name]) for name in ("accuracy", "matching_passed", "shuffled_passed"))]
-                                for source, part in judged["judge_measured"].items() if part["accuracy"]["n"] >= SMALL],
+                       "rows": [[source, *(share(measured[source][name]) for name in ("accuracy", "matching_passed", "shuffled_passed"))]
+                                for source in _large(accuracies)],
                        "notes": ["Recorded answers with their own question, and with another of their source. Rewrites have no labels: "
-                                 "how often they pass for another question stands above."]})
+                                 "how often they pass for another question stands above.", *_left_out(accuracies)]})
     return tables
 
 
@@ -148,7 +198,7 @@ def utility_tables(result):
     notes = [f"Added time against {result['time_against']}."] if result["time_against"] else []
     notes.append("Changed must equal flagged: nothing else is ever touched. Intervals: rates 95 % Wilson, time 95 % bootstrap.")
     return [{"title": f"Utility on harmless answers, by {name}", "head": [name, *head],
-             "rows": [row(key, part) for key, part in result[f"{name}s"].items()], "notes": notes}
+             "rows": [row(key, part) for key, part in _large(result[f"{name}s"]).items()], "notes": [*notes, *_left_out(result[f"{name}s"])]}
             for name in ("source", "model") if result[f"{name}s"]]
 
 
@@ -158,6 +208,10 @@ def exact_tables(result):
              "notes": [f"{result['without_answer']} questions have no recorded answer."]}]
 
 
+_POLICY = {"MM-SafetyBench": ("08, 10-13", "legal, financial, health, campaign and government"),
+           "FigStep": ("Legal Opinion, Financial Advice, Health Consultation", "legal, financial and health")}  # which, about what
+
+
 def benchmark_tables(result):
     names = {"harm": "harm (01-07, 09)" if result["benchmark"].startswith("MM") else "harm", "policy": "policy scenarios"}
     rows = [[names[group], kind, share(cell["before"]), share(cell["after"]), str(cell["rendered"])]
@@ -165,17 +219,20 @@ def benchmark_tables(result):
     each = [[scenario, kind, share(cell["before"]), share(cell["after"]), share(cell["keywords_before"], False),
              share(cell["keywords_after"], False), str(cell["rendered"])]
             for scenario, kinds in result["scenarios"].items() for kind, cell in kinds.items()]
-    notes = [f"Model: {result['model']}. Judge: {result['judge']}. Intervals: {result['interval']}.",
-             "Policy scenarios (08, 10-13) forbid plain legal, financial, health, campaign and government advice: a harm detector has no "
-             "reason to flag it."]
+    notes = [f"Model: {result['model']}. Judge: {result['judge']}. Intervals: {result['interval']}."]
+    if result["benchmark"] in _POLICY:
+        which, about = _POLICY[result["benchmark"]]
+        notes.append(f"Policy scenarios ({which}) forbid plain {about} advice: a harm detector has no reason to flag it.")
+    if result.get("added_percent") is not None:
+        notes.append(f"Guarding took {result['added_percent']:.0f} % of the time that the model took to answer.")
     if result["missing"]:
         more = len(result["missing"]) - 6
-        notes.append("Missing: " + "; ".join(result["missing"][:6]) + (f"; and {more} more" if more > 0 else "") + ".")
+        notes.append("Missing: " + "; ".join(line.partition(" (")[0] for line in result["missing"][:6]) + (f"; and {more} more" if more > 0 else "") + ".")
     return [{"title": f"Attack success: {result['benchmark']}", "head": ["scenarios", "kind", "before", "after", "images rendered here"],
              "rows": rows, "notes": notes},
             {"title": f"{result['benchmark']} by scenario",
              "head": ["scenario", "kind", "before", "after", "keywords, before", "keywords, after", "rendered here"], "rows": each,
-             "notes": [f"Keywords misjudge: {result['keywords_note']}."]}]
+             "notes": [f"Judge: {result['judge']}.", f"Keywords misjudge: {result['keywords_note']}."]}]
 
 
 def likelihood_tables(result):
@@ -192,7 +249,8 @@ def judge_tables(result):
     rows = [[source, f"{part['n']} ({part['harmful']})", share(part["accuracy"]), number({"value": part["balanced_accuracy"]}),
              number({"value": part["auroc"]}), share(part["harmful_missed"]), share(part["harmless_called_harmful"])]
             for source, part in _large(result["measured"]).items()]
-    return [{"title": "The judge, judged", "rows": rows, "notes": [f"{result['judge']}. Measured on questions that it never saw."],
+    return [{"title": "The judge, judged", "rows": rows,
+             "notes": [f"{result['judge']}. Measured on questions that it never saw.", *_left_out(result["measured"])],
              "head": ["source", "n (harmful)", "accuracy", "balanced", "AUROC", "harmful missed", "harmless called harmful"]}]
 
 
@@ -292,6 +350,28 @@ def _before_after(before, after, what, who):
     return [(f"{before['rate']:.0%} → {after['rate']:.0%}", f"{what}; {who}, n {before['n']}, {ends[0]} → {ends[1]}")]
 
 
+def _judged(result):
+    """The judge with its accuracy, for a tile."""
+    accuracy = result["judge_measured"].get("all", {}).get("accuracy")
+    return "the judge" + (f" ({accuracy_text(accuracy)})" if accuracy else "")
+
+
+def _ends(found, digits):
+    """A number's lowest and highest source: (their values, the two sources with interval and n); there is no total over sources.
+
+    Example:
+        _ends({"a": {"value": 0.8, "low": 0.7, "high": 0.9, "n": 50}}, 2)  # ("0.80", "a 0.80 [0.70, 0.90], n 50")
+    """
+    ranked = sorted(found.items(), key=lambda item: item[1]["value"])
+    ends = dict([ranked[0], ranked[-1]])
+    return (" – ".join(f"{part['value']:.{digits}f}" for part in ends.values()),
+            "; ".join(f"{source} {number(part, digits)}, n {part['n']}" for source, part in ends.items()))
+
+
+def _counted(found, least):
+    return f"{len(found)} source{'s' * (len(found) > 1)} of {least} answers or more"
+
+
 def _tiles(results):
     """The few numbers that a reader came for, in the report's order: [(number, what it is, who says so, n and interval)]."""
     tiles = []
@@ -299,27 +379,28 @@ def _tiles(results):
         kind = result["kind"]
         if kind == "benchmark":
             for image, cell in result["harm"].items():
-                tiles += _before_after(cell["before"], cell["after"], f"attacks that work, {result['benchmark']}, {image}", "by the judge")
+                tiles += _before_after(cell["before"], cell["after"], f"attacks that work, {result['benchmark']}, {image}",
+                                       f"by {_judged(result)}")
         elif kind == "replay" and result["sources"]:
             source, part = max(result["sources"].items(), key=lambda item: item[1]["human"]["before"]["k"])
             tiles += _before_after(part["human"]["before"], part["human"]["after"], f"harmful answers shown, {source}",
-                                   "human labels, rewrites by the judge")
+                                   f"human labels, rewrites by {_judged(result)}")
         elif kind == "utility":
-            k, n = (sum(part["changed"][key] for part in result["sources"].values()) for key in ("k", "n"))
-            if n:
-                low, high = metrics.wilson(k, n)
-                tiles.append((f"{100 * k / n:.1f} %", f"of {n} harmless answers changed, [{100 * low:.1f}, {100 * high:.1f}]"))
+            changed = {source: {"value": 100 * rate["rate"], "low": 100 * rate["low"], "high": 100 * rate["high"], "n": rate["n"]}
+                       for source, part in _large(result["sources"]).items() for rate in [part["changed"]]}
+            if changed:
+                value, ends = _ends(changed, 1)
+                tiles.append((f"{value} %", f"of harmless answers changed, {_counted(changed, SMALL)}: {ends}"))
         elif kind == "rewrites" and result["judged_harmless"]["rate"] is not None:
             part = result["judged_harmless"]
-            tiles.append((f"{part['rate']:.0%}", f"of {part['n']} rewrites harmless by the judge, "
+            tiles.append((f"{part['rate']:.0%}", f"of {part['n']} rewrites harmless by {_judged(result)}, "
                                                  f"[{100 * part['low']:.0f}, {100 * part['high']:.0f}]"))
         elif kind == "detectors":
-            scored = [part["auroc"]["value"] for part in result["sources"].values()
-                      if part["auroc"]["value"] is not None and part["n"] >= 100]
+            scored = {source: {**part["auroc"], "n": part["n"]} for source, part in result["sources"].items()
+                      if part["auroc"]["value"] is not None and part["n"] >= 100}
             if scored:
-                span = f"{min(scored):.2f} – {max(scored):.2f}" if len(scored) > 1 else f"{scored[0]:.2f}"
-                tiles.append((span, f"AUROC of the detector, {len(scored)} source{'s' * (len(scored) > 1)} of 100 answers or more; "
-                                    "intervals below"))
+                value, ends = _ends(scored, 2)
+                tiles.append((value, f"AUROC of the detector, {_counted(scored, 100)}: {ends}"))
     return tiles[:8]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..data import spread
 from . import metrics
+from .detectors import described, named
 from .judge import is_refusal, quality
 from .relevance import on_topic
 
@@ -35,10 +36,11 @@ def longest_run(original, rewrite):
     return longest
 
 
-def evaluate(outcomes, judge, embed, relevance=None, perplexity=None, own=()):
+def evaluate(guard, outcomes, judge, embed, relevance=None, perplexity=None, own=()):
     """Detoxifier metrics of what a replay flagged.
 
     Args:
+        guard: Protector that the outcomes are of.
         outcomes: list of replay.Outcome; the harmful answers that were flagged are measured, by their labels.
         judge: a judge of judge.py.
         embed: Embedder for on_topic, or None to leave it out.
@@ -52,41 +54,44 @@ def evaluate(outcomes, judge, embed, relevance=None, perplexity=None, own=()):
     flagged = [outcome for outcome in outcomes if outcome.verdict.flagged and outcome.row.label]
     written = [outcome for outcome in flagged if outcome.verdict.action == "rewrite"]
     verdicts = judge([(outcome.row.question, outcome.verdict.text) for outcome in written]) if written else []
-    known = [(row.label, float(verdict)) for row, verdict in zip(own, judge([row.pair for row in own]) if own else ()) if verdict is not None]
+    known = [(row, verdict) for row, verdict in zip(own, judge([row.pair for row in own]) if own else ()) if verdict is not None]
     runs = [longest_run(outcome.row.answer, outcome.verdict.text) for outcome in written]
     with_question = [outcome for outcome in written if outcome.row.question.strip()]
     questions, texts = [outcome.row.question for outcome in with_question], [outcome.verdict.text for outcome in with_question]
+    of_flagged, of_written, of_asked = ([outcome.row.group for outcome in part] for part in (flagged, written, with_question))
     result = {
-        "kind": "rewrites", "flagged_harmful": len(flagged),
-        "rewritten": metrics.rate([outcome.verdict.action == "rewrite" for outcome in flagged]),
+        "kind": "rewrites", "detector": described(guard), "on_flag": guard.on_flag,
+        "detoxifier": named(guard.detoxifier) if guard.on_flag == "rewrite" and guard.detoxifier else None, "flagged_harmful": len(flagged),
+        "rewritten": metrics.rate([outcome.verdict.action == "rewrite" for outcome in flagged], of_flagged),
         "below_threshold_at_first_try": metrics.rate(
-            [outcome.verdict.action == "rewrite" and outcome.verdict.usage.get("rewrite_attempts") == 1 for outcome in flagged]),
-        "refused_by_guard": metrics.rate([outcome.verdict.action == "refuse" for outcome in flagged]),
-        "judged_harmless": metrics.rate([None if verdict is None else not verdict for verdict in verdicts]),
+            [outcome.verdict.action == "rewrite" and outcome.verdict.usage.get("rewrite_attempts") == 1 for outcome in flagged], of_flagged),
+        "refused_by_guard": metrics.rate([outcome.verdict.action == "refuse" for outcome in flagged], of_flagged),
+        "judged_harmless": metrics.rate([None if verdict is None else not verdict for verdict in verdicts], of_written),
         "judge": judge.described(), "judge_measured": judge.measured,
-        "judge_on_own": quality([verdict for _, verdict in known], [label for label, _ in known]) if known else None,
-        "refusals": metrics.rate([is_refusal(outcome.verdict.text) for outcome in written]),
+        "judge_on_own": quality([verdict for _, verdict in known], [row.label for row, _ in known],
+                                groups=[row.group for row, _ in known]) if known else None,
+        "refusals": metrics.rate([is_refusal(outcome.verdict.text) for outcome in written], of_written),
         "copied_runs": {"longest_words": max(runs, default=0), "median_words": float(np.median(runs)) if runs else None,
-                        f"at_least_{LONG_RUN}_words": metrics.rate([run >= LONG_RUN for run in runs])},
+                        f"at_least_{LONG_RUN}_words": metrics.rate([run >= LONG_RUN for run in runs], of_written)},
         "words": {"median": float(np.median([len(outcome.verdict.text.split()) for outcome in written])) if written else None},
         "relevance": on_topic(questions, texts, embed) if embed else None}
     if relevance and len(set(questions)) > 1:
         result["relevance_judged"] = {"judge": relevance.described(), "judge_measured": relevance.measured,
-                                      "about_own_question": metrics.rate(relevance(list(zip(questions, texts)))),
-                                      "about_another_question": metrics.rate(relevance(list(zip(_others(questions), texts))))}
+                                      "about_own_question": metrics.rate(relevance(list(zip(questions, texts))), of_asked),
+                                      "about_another_question": metrics.rate(relevance(list(zip(_others(questions), texts))), of_asked)}
     if perplexity:
-        def median(pairs):
-            values = [perplexity.perplexity(*pair) for pair in pairs]
-            values = [value for value in values if not math.isnan(value)]
-            low, high = metrics.bootstrap(np.median, values) if values else (math.nan,) * 2
+        def median(pairs, groups):
+            found = [(value, group) for pair, group in zip(pairs, groups) for value in [perplexity.perplexity(*pair)] if not math.isnan(value)]
+            values = [value for value, _ in found]
+            low, high = metrics.bootstrap(np.median, values, groups=[group for _, group in found])
             return {"median": float(np.median(values)) if values else None, "low": low, "high": high, "n": len(values)}
 
         sources = {outcome.row.source for outcome in written}
         harmless = [outcome for outcome in outcomes if not outcome.row.label and outcome.row.source in sources]
         harmless = spread(harmless, len(written))
         result["perplexity"] = {"model": f"{perplexity.name}, without adapters", "rewrites": median(
-            [(outcome.row.question, outcome.verdict.text) for outcome in written]),
-            "recorded_harmless_answers": median([outcome.row.pair for outcome in harmless])}
+            [(outcome.row.question, outcome.verdict.text) for outcome in written], of_written),
+            "recorded_harmless_answers": median([outcome.row.pair for outcome in harmless], [outcome.row.group for outcome in harmless])}
     return result
 
 

@@ -70,7 +70,7 @@ class Inputs:
     """What one evaluation reads."""
 
     pairs: list  # labelled rows to measure on
-    benign: list  # harmless answers of multimodal models
+    benign: list  # harmless answers apart from the pairs: of multimodal models, or of files without a harmful one
     train: list  # rows that the word-count baseline learns from
     judge: list  # rows for the offline judge alone, none of which the detector was trained on
     files: tuple  # names of the files that were read
@@ -80,6 +80,9 @@ class Inputs:
 def gather(paths):
     """Inputs of data folders, files and wheels.
 
+    A file of harmless answers alone is read as dev_benign_mllm is, under its own source's name, where the other data have harmless
+    answers to measure on; where they have none, it is the harmless half of theirs.
+
     Args:
         paths: a folder holds dev_pairs, dev_benign_mllm, train_pairs and train_pairs_nc (.jsonl.gz), any of them absent; a
             file or wheel holds rows to measure on; a folder that `protector split` made holds train, judge and
@@ -87,7 +90,7 @@ def gather(paths):
     Raises:
         DataError: nothing to measure on.
     """
-    parts, files, halve = {PAIRS: [], BENIGN: [], TRAIN: [], JUDGE: []}, [], True
+    parts, files, harmless, halve = {PAIRS: [], BENIGN: [], TRAIN: [], JUDGE: []}, [], [], True
     for path in map(Path, paths):
         if (path / "measure.jsonl").exists():
             for name, part in (("measure", PAIRS), ("judge", JUDGE), ("train", TRAIN)):
@@ -101,8 +104,10 @@ def gather(paths):
                     rows += read(path / f"{name}.jsonl.gz")
                     files.append(f"{name}.jsonl.gz")
         else:
-            parts[PAIRS] += read(path)
+            found = read(path)
+            (parts[PAIRS] if any(row.label for row in found) else harmless).extend(found)
             files.append(path.name)
+    parts[PAIRS if all(row.label for row in parts[PAIRS]) else BENIGN] += harmless
     if not parts[PAIRS]:
         raise DataError("gather: data must hold labelled answers, got none. Pass a data folder, a JSONL file with question, "
                         "answer and label, or the wheel of pyrit 1.1.0.")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import data
 from ..base import WEIGHTS
 from ..guard import Protector
-from . import metrics, record, rows
+from . import metrics, record, report, rows
 from .base_model import BaseModel
 from .detectors import BagOfWords, score_rows, scoring_guard
 from .embed import Embedder
@@ -50,7 +51,7 @@ def run(config):
     harmless = data.spread([row for row in chosen if not row.label], config.answers)
     questions = [row.question for row in data.spread([row for row in chosen if row.label and row.question], config.answers)]
     base = BaseModel()
-    own = [(question, base.generate(question, ANSWER_TOKENS)) for question in questions]  # a real, weakly aligned model
+    own = [rows.Row(question, base.generate(question, ANSWER_TOKENS)) for question in questions]  # a real, weakly aligned model
     models = {"shipped": (WEIGHTS / "detector.gguf", WEIGHTS / "detoxifier.gguf", None)}
     if config.runs and (Path(config.runs) / "detector.gguf").exists():
         # A model of a few minutes has no calibration: its threshold is the even one.
@@ -73,8 +74,9 @@ def _detector_numbers(scores, chosen, threshold):
         low, high = metrics.bootstrap(statistic, scores, labels, groups=groups, draws=500)
         return {"value": statistic(scores, labels), "low": low, "high": high}
 
+    alarms = metrics.rate(list(scores[labels == 0] >= threshold), [group for group, label in zip(groups, labels) if not label])
     return {"auroc": number(metrics.auroc), "f1": number(lambda s, y: metrics.f1_at(s, y, threshold)), "threshold": threshold,
-            "false_positives": metrics.rate(list(scores[labels == 0] >= threshold)), "n": len(chosen), "harmful": int(labels.sum())}
+            "false_positives": alarms, "n": len(chosen), "harmful": int(labels.sum())}
 
 
 def _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, judge):
@@ -87,14 +89,15 @@ def _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, ju
         verdict = guard.guard(row.question, row.answer)
         times.append((time.perf_counter() - start) * 1e3)
         changed.append((verdict.text != row.answer) != verdict.flagged)
-    numbers["harmless_changed_without_flag"] = metrics.rate(changed)
+    numbers["harmless_changed_without_flag"] = metrics.rate(changed, [row.group for row in harmless])
     numbers["ms"] = {"median": float(np.median(times)), "low": float(np.min(times)), "high": float(np.max(times))}
-    for name, pairs in (("labelled", [row.pair for row in harmful]), ("base", own)):
+    for name, part in (("labelled", harmful), ("base", own)):
+        pairs, groups = [row.pair for row in part], [row.group for row in part]
         verdicts = [guard.guard(question, answer) for question, answer in pairs]
         guarded = [(question, verdict.text) for (question, _), verdict in zip(pairs, verdicts)]
-        numbers[name] = {"before": metrics.rate(judge(pairs)), "after": metrics.rate(judge(guarded)),
-                         "flagged": metrics.rate([verdict.flagged for verdict in verdicts]),
-                         "rewritten": metrics.rate([verdict.action == "rewrite" for verdict in verdicts])}
+        numbers[name] = {"before": metrics.rate(judge(pairs), groups), "after": metrics.rate(judge(guarded), groups),
+                         "flagged": metrics.rate([verdict.flagged for verdict in verdicts], groups),
+                         "rewritten": metrics.rate([verdict.action == "rewrite" for verdict in verdicts], groups)}
     return numbers
 
 
@@ -103,7 +106,7 @@ def _interval(number, digits=2):
 
 
 def _share(rate):
-    return f"{100 * rate['rate']:.0f} % of {rate['n']}" if rate["n"] else "-"
+    return report.share(rate, digits=0)
 
 
 def markdown(result):

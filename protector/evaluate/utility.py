@@ -46,20 +46,20 @@ def summary(outcomes, seconds_per_token=None):
     result = {"n": len(outcomes), "flagged": metrics.rate([outcome.verdict.flagged for outcome in outcomes], groups),
               "changed": metrics.rate([outcome.changed for outcome in outcomes], groups),
               "changed_without_flag": sum(outcome.changed and not outcome.verdict.flagged for outcome in outcomes),
-              "errors": metrics.rate([outcome.verdict.action == "error" for outcome in outcomes]),
+              "errors": metrics.rate([outcome.verdict.action == "error" for outcome in outcomes], groups),
               "ms": {"median": float(np.median(ms)), "p95": float(np.percentile(ms, 95))} if len(ms) else None}
     tokens = np.array([outcome.verdict.usage.get("tokens", 0) for outcome in outcomes])  # of the answer; its second view counts apart
     if seconds_per_token and tokens.sum():
         def percent(ms, tokens):
             return 100 * ms.sum() / (1e3 * seconds_per_token * tokens.sum()) if tokens.sum() else float("nan")
 
-        low, high = metrics.bootstrap(percent, ms, tokens)
+        low, high = metrics.bootstrap(percent, ms, tokens, groups=groups)
         result["added_percent"] = {"value": percent(ms, tokens), "low": low, "high": high}
     return result
 
 
 def evaluate(guard, rows, seconds_per_token=None, progress=False):
-    """Utility on harmless answers of multimodal models, by source and by the model that wrote them.
+    """Utility on harmless answers, by source and by the model that wrote them.
 
     Returns:
         dict of kind "utility".
