@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -461,6 +462,24 @@ def test_models_of_one_file_share_its_weights(detector_gguf, detoxifier_gguf, ti
     before = detector.logits(ids)
     detoxifier.generate(ids[0], 3)
     assert np.array_equal(detector.logits(ids), before) and np.array_equal(again.logits(ids), before)
+
+
+def test_all_layers_go_to_a_gpu_where_llama_cpp_has_one(detector_gguf, detoxifier_gguf, tiny, monkeypatch):
+    asked, load = [], llama.llama_cpp.llama_model_load_from_file
+
+    def recorded(path, options):
+        if not options.vocab_only:
+            asked.append(options.n_gpu_layers)
+        return load(path, options)
+
+    monkeypatch.setattr(llama.llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(llama.llama_cpp, "llama_model_load_from_file", recorded)
+    monkeypatch.setattr(llama._Weights, "_loaded", weakref.WeakValueDictionary())  # what other tests loaded isn't loaded again
+    options = {"base": tiny.gguf, "n_threads": 1}
+    Protector(detector_gguf, detoxifier_gguf, threshold=0.5, detector_options=options, detoxifier_options=options)
+    assert asked == [-1, -1]  # llama.h: a negative value means all layers
+    LlamaDetector(detector_gguf, n_gpu_layers=0, **options)
+    assert asked == [-1, -1, 0]
 
 
 def test_weights_are_freed_with_their_last_user(detoxifier_gguf, tiny, tmp_path):

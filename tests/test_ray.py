@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from serve_fakes import MARKER, FakeDetector
 
+from protector.base import WEIGHTS, file_sha256
 from protector.errors import DataError
 from protector.evaluate import blocks
-from protector.guard import REFUSAL
+from protector.guard import REFUSAL, Protector
+from protector.integrations import ray as integration
 from protector.integrations.ray import GuardBatch, guard_files, parts_of
 
 HARMFUL = f"You can mix {MARKER} in a closed bucket."
@@ -110,6 +112,31 @@ def test_an_interrupted_job_goes_on(source, tmp_path, monkeypatch):
         guard_files([source], tmp_path / "out", rows=5, detector=detector, **OPTIONS)
 
 
+@pytest.mark.parametrize("kind", ["detector", "detoxifier"])
+@pytest.mark.parametrize("name", ["model.gguf", "runs/model.safetensors", "runs/calibration.json"])
+def test_a_job_does_not_go_on_with_other_weights(source, tmp_path, monkeypatch, kind, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    model = file.parent if file.parent.name == "runs" else file
+    monkeypatch.setattr(integration, "Protector", lambda **_: Protector(detector=FakeDetector(), **OPTIONS))
+
+    def work():
+        return guard_files([source], tmp_path / "out", rows=4, **{kind: str(model)})["rows"]
+
+    file.write_bytes(b"some weights")
+    assert work() == 10 == work()
+    file.write_bytes(b"other weights")
+    with pytest.raises(DataError, match=r"out must be a new folder or of this job, got another's parts\. Choose another folder\.$"):
+        work()
+
+
+def test_what_names_a_jobs_weights(tmp_path):
+    digest = integration._sha256
+    assert digest(None, "detector.gguf") == [file_sha256(WEIGHTS / "detector.gguf")] != digest(None, "detoxifier.gguf")
+    assert digest(FakeDetector(), "detector.gguf") == "0" * 64 and digest(False, "detoxifier.gguf") is None
+    assert digest(tmp_path / "none.gguf", "detector.gguf") == []  # the workers say that it is missing
+
+
 def test_a_part_that_lost_rows_is_found(source, tmp_path):
     detector = FakeDetector()
     guard_files([source], tmp_path / "out", rows=4, detector=detector, **OPTIONS)
@@ -162,6 +189,39 @@ def test_two_workers_one_killed_in_the_middle(ray, source, tmp_path):
     found = guard_files([source], tmp_path / "out", workers=2, rows=1, detector=Dying(str(marker)), **OPTIONS)
     assert marker.exists() and found == {"rows": 10, "flagged": 2, "errors": [3, 5, 8]}
     assert [row["row"] for row in read(tmp_path / "out")] == list(range(10))
+
+
+class Deadly(Dying):
+    """A detector that ends its process, as an abort in native code would, whenever it scores an answer with the marker."""
+
+    def __reduce__(self):
+        return _deadly, (self.marker,)
+
+
+def _deadly(marker):
+    class Detector(FakeDetector):
+        def logits(self, sequences, deadline=None):
+            if any(marker in self.answer(ids) for ids in sequences):
+                os._exit(1)
+            return super().logits(sequences, deadline)
+
+    return Detector()
+
+
+def test_a_row_that_ends_its_worker_each_time_is_found(ray, source, tmp_path):
+    # Row 7 is of the second part, with a bad row and a harmful one.
+    found = guard_files([source], tmp_path / "out", workers=2, rows=4, detector=Deadly("Boil it 7"), **OPTIONS)
+    assert found == {"rows": 10, "flagged": 2, "errors": [3, 5, 7, 8]}
+    rows = read(tmp_path / "out")
+    assert [row["row"] for row in rows] == list(range(10)) and [rows[i]["action"] for i in (4, 6, 9)] == ["pass", "refuse", "pass"]
+    assert (rows[7]["id"], rows[7]["action"], rows[7]["score"], rows[7]["text"]) == (7, "error", None, REFUSAL)
+    assert rows[7]["error"] == "ProtectorError: guard_files: row must leave its worker alive, got a dead one at each of 2 tries. Give workers more memory."
+
+
+def test_a_worker_that_can_not_start_ends_the_job(ray, source, tmp_path):
+    with pytest.raises(ray.exceptions.RayActorError, match="must exist, got no file"):
+        guard_files([source], tmp_path / "out", workers=1, rows=4, detector=str(tmp_path / "none.gguf"), **OPTIONS)
+    assert read(tmp_path / "out") == []
 
 
 def test_ray_data_maps_batches(ray):

@@ -4,18 +4,23 @@
                                           fn_constructor_kwargs={"detector_options": {"n_threads": 1}}).write_parquet(OUT)
     guard_files(["answers.jsonl"], "guarded/", workers=8)      # goes on where it stopped
 
-A bad row gets action "error" and the refusal as its text, and the others their verdicts. ray itself is imported where workers are
-started: both also run in one process without it.
+A bad row gets action "error" and the refusal as its text, and the others their verdicts; guard_files says so, too, of a row that ends
+its worker each time. ray itself is imported where workers are started: both also run in one process without it.
 """
 import json
 import os
+import time
+from collections import Counter, deque
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import DataError
+from ..base import WEIGHTS, file_sha256
+from ..errors import DataError, ProtectorError
 from ..guard import Protector
+
+_TRIES = 2  # of a part, and then of each of its rows, before what ended its worker is known
 
 
 class GuardBatch:
@@ -25,6 +30,7 @@ class GuardBatch:
         question, answer: names of the columns; a row without a question is scored on its answer alone.
         options: of guard.Protector. One thread per actor (`detector_options={"n_threads": 1}`) and an actor per core is the
             way to fill CPUs; `backend="torch"` with `num_gpus=1` is the one for GPUs.
+    Trap: Ray Data starts a dead actor again for ever, and a row that ends its worker each time never lets the job end. guard_files finds it.
     Example:
         GuardBatch()({"question": np.array(["Hi?"]), "answer": np.array(["Hello."])})["action"]  # array(["pass"])
     """
@@ -42,27 +48,34 @@ class GuardBatch:
         score = np.array([np.nan if row["score"] is None else row["score"] for row in rows], np.float64)
         return {**batch, **new, "score": score, "flagged": np.array([row["flagged"] for row in rows], bool)}
 
-    def rows(self, rows):
-        """The five new values of each row, as dicts; what isn't a dict with a string answer is a bad row."""
+    def rows(self, rows, deadly=False):
+        """The five new values of each row, as dicts; what isn't a dict with a string answer is a bad row.
+
+        deadly: each of them ended its workers; none is scored, and the error policy answers.
+        """
         pairs = [(row.get(self.question), row.get(self.answer)) if isinstance(row, dict) else None for row in rows]
         found = []
-        for verdict in self.protector.guard_batch(pairs):
+        for verdict in map(self._deadly, pairs) if deadly else self.protector.guard_batch(pairs):
             score = None if verdict.score != verdict.score else verdict.score  # NaN isn't JSON
             found.append({"action": verdict.action, "flagged": verdict.flagged, "score": score, "text": verdict.text, "error": verdict.error})
         return found
 
+    def _deadly(self, pair):
+        error = ProtectorError(f"guard_files: row must leave its worker alive, got a dead one at each of {_TRIES} tries. Give workers more memory.")
+        return self.protector._failed((*(pair or ("", "")), ()), error, time.monotonic())
+
     def part(self, part, out):
-        """Guard one part of a file into <out>/part-<number>.jsonl, which is whole or absent."""
+        """Guard one part of a file into <out>/part-<number>.jsonl, which is whole or absent; returns its number of rows."""
+        _write(out, part, self.lines(part))
+        return part.n_rows
+
+    def lines(self, part, deadly=False):
+        """The JSON lines of one part of a file, guarded; deadly: as of rows."""
         with open(part.path, "rb") as file:
             file.seek(part.offset)
             rows = [_parsed(file.readline()) for _ in range(part.n_rows)]
-        lines = [json.dumps({**(row if isinstance(row, dict) else {}), "row": part.first_row + i, **new}) + "\n"
-                 for i, (row, new) in enumerate(zip(rows, self.rows(rows)))]
-        target = _target(out, part)
-        # A part that is run twice, because its worker died, is written by two processes: each has its own file until it is whole.
-        partial = target.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text("".join(lines))
-        os.replace(partial, target)
+        return "".join(json.dumps({**(row if isinstance(row, dict) else {}), "row": part.first_row + i, **new}) + "\n"
+                       for i, (row, new) in enumerate(zip(rows, self.rows(rows, deadly))))
 
 
 class Part(NamedTuple):
@@ -74,6 +87,14 @@ class Part(NamedTuple):
     first_row: int  # over all sources
     n_rows: int
 
+    def rows(self):
+        """Each of its lines, as a part."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            for i in range(self.n_rows):
+                yield self._replace(offset=file.tell(), first_row=self.first_row + i, n_rows=1)
+                file.readline()
+
 
 def _parsed(line):
     try:
@@ -84,6 +105,23 @@ def _parsed(line):
 
 def _target(out, part):
     return Path(out) / f"part-{part.number:06d}.jsonl"
+
+
+def _write(out, part, lines):
+    target = _target(out, part)
+    # A part that is run twice, because its worker died, is written by two processes: each has its own file until it is whole.
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(lines)
+    os.replace(partial, target)
+
+
+def _sha256(model, shipped):
+    """sha256 of the file, or of each file of the folder, that Protector(detector=model) reads; of a loaded model its own, where it has one."""
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        return getattr(model, "model_sha256", None)
+    path = WEIGHTS / shipped if model is None else Path(model)
+    names = ("protector.json", "model.safetensors", "calibration.json") if path.is_dir() else ("",)
+    return [file_sha256(path / name) for name in names if (path / name).is_file()]
 
 
 def parts_of(sources, rows):
@@ -104,6 +142,8 @@ def parts_of(sources, rows):
 def guard_files(sources, out, workers=0, rows=256, num_cpus=1, num_gpus=0, **options):
     """Guard every line of JSONL files into <out>/part-*.jsonl, one verdict per row; a second call goes on where it stopped.
 
+    A row that ends its worker, alone and at each try, gets action "error" as other bad rows do; without ray it ends this process.
+
     Args:
         sources: JSONL files, and out: a folder; every worker must see both.
         workers: Ray actors; 0 works in this process, without ray.
@@ -113,11 +153,12 @@ def guard_files(sources, out, workers=0, rows=256, num_cpus=1, num_gpus=0, **opt
     Returns:
         {"rows": n, "flagged": n, "errors": [row numbers]}
     Raises:
-        DataError: <out> holds another job's parts, or a row doesn't have exactly one verdict.
+        DataError: <out> holds parts of another job or of other weights, or a row doesn't have exactly one verdict.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    job = json.dumps({"sources": [[str(path), os.path.getsize(path)] for path in sources], "rows": rows, "options": repr(sorted(options.items()))})
+    job = json.dumps({"sources": [[str(path), os.path.getsize(path)] for path in sources], "rows": rows, "options": repr(sorted(options.items())),
+                      "sha256": [_sha256(options.get(kind), f"{kind}.gguf") for kind in ("detector", "detoxifier")]})
     if (out / "job.json").exists() and (out / "job.json").read_text() != job:
         raise DataError(f"guard_files: {out} must be a new folder or of this job, got another's parts. Choose another folder.")
     (out / "job.json").write_text(job)
@@ -133,14 +174,42 @@ def guard_files(sources, out, workers=0, rows=256, num_cpus=1, num_gpus=0, **opt
 
 
 def _on_ray(due, out, workers, num_cpus, num_gpus, options):
+    """Write the due parts' files. What ends a part's workers is looked for row by row, once the other parts are done."""
     import ray
-    from ray.util import ActorPool
+    from ray.exceptions import OutOfMemoryError, RayActorError
 
-    # A dead worker is started again and its part run again; the part's file is replaced as a whole, so no row counts twice.
-    actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=-1)(GuardBatch)
-    pool = ActorPool([actor.remote(**options) for _ in range(min(workers, len(due)))])
-    for _ in pool.map_unordered(lambda worker, part: worker.part.remote(part, out), due):
-        pass
+    actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(GuardBatch)
+    idle = []  # (worker, what is there once it has started)
+
+    def each(method, items, *arguments):
+        """Yield (item, what the method makes of it) in the order they are done; None where the worker died at each try."""
+        items, running, deaths = deque(items), {}, Counter()
+        while items or running:
+            while items and len(running) < workers:
+                if not idle:
+                    worker = actor.remote(**options)
+                    idle.append((worker, worker.__ray_ready__.remote()))
+                (worker, started), item = idle.pop(), items.popleft()
+                running[getattr(worker, method).remote(item, *arguments)] = worker, started, item
+            done = ray.wait(list(running))[0][0]
+            worker, started, item = running.pop(done)
+            try:
+                result = ray.get(done)
+            except (RayActorError, OutOfMemoryError):
+                ray.get(started)  # a worker that can't even start is no row's doing: its error ends the job
+                deaths[item] += 1
+                if deaths[item] < _TRIES:  # the part's file is replaced as a whole, so no row counts twice
+                    items.append(item)
+                    continue
+                result = None
+            else:
+                idle.append((worker, started))
+            yield item, result
+
+    for part in [part for part, n_rows in each("part", due, out) if n_rows is None]:
+        lines = dict(each("lines", part.rows()))
+        lines.update(each("lines", [row for row, line in lines.items() if line is None], True))
+        _write(out, part, "".join(lines[row] for row in part.rows()))
 
 
 def _summary(out, parts):
