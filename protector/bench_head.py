@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from protector import _native
+from protector.bench_rounds import busy, described, is_loaded, load_before, warn
 from protector.evaluate import record
 from protector.head import harm_score, harm_score_ref
 from protector.options import add_options, config_from
@@ -62,14 +62,24 @@ def eager_without_norm(hidden, weight, gain):
 
 
 def in_turns(functions, rounds, round_s, clock=None):
-    """{name: microseconds per call}, medians over rounds in which all functions take turns on one clock."""
+    """{name: bench_rounds.described microseconds per call} of rounds in which all functions take turns on one clock."""
     clock = clock or host_us
     calls = {name: max(1, int(round_s * 1e6 / max(clock(function, 3), 1e-3))) for name, function in functions.items()}
     measured = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             measured[name].append(clock(function, calls[name]))
-    return {name: round(statistics.median(values), 3) for name, values in measured.items()}
+    return {name: described(values) for name, values in measured.items()}
+
+
+def medians(numbers):
+    """{name: microseconds} of what in_turns returns."""
+    return {name: round(number["median"], 3) for name, number in numbers.items()}
+
+
+def judged(met, *cells):
+    """Whether cells meet a target (None: there are none), and whether any of their numbers spread too far to say."""
+    return {"met": met, "busy": bool(busy(list(cells)))}
 
 
 def host_us(function, calls):
@@ -104,17 +114,19 @@ def bench_cpu(options):
             functions["harm_score_numpy"] = lambda: harm_score(array, head, BIAS, eps=EPS)
             functions["harm_score_numpy_index"] = lambda: harm_score(array, head, BIAS, eps=EPS, index=index)
         with torch.inference_mode():
-            us = in_turns(functions, options.rounds, options.round_s)
+            rounds_us = in_turns(functions, options.rounds, options.round_s)
+        us = medians(rounds_us)
         best = min(us["eager"], us["eager_rms_norm"])
         found[f"{dtype_name} {rows}x{d}"] = {
-            "us": us, "eager_over_twin": round(best / us["twin"], 2),
+            "us": us, "rounds_us": rounds_us, "eager_over_twin": round(best / us["twin"], 2),
             "eager_without_norm_over_twin": round(us["eager_without_norm"] / us["twin"], 2)}
         report(f"cpu {dtype_name} {rows}x{d}", found[f"{dtype_name} {rows}x{d}"])
+    short, long, many = found["fp32 1x576"], found["fp32 1x4096"], found["fp32 2048x4096"]
     found["targets"] = {
-        "twin at least 5 times faster than eager, 1x576": found["fp32 1x576"]["eager_over_twin"] >= 5,
-        "twin at least 5 times faster than eager, 1x4096": found["fp32 1x4096"]["eager_over_twin"] >= 5,
-        "twin at least 10 times faster than eager, 2048x4096": found["fp32 2048x4096"]["eager_over_twin"] >= 10,
-        "a score through NumPy under 10 us": found["fp32 1x576"]["us"]["harm_score_numpy"] < 10}
+        "twin at least 5 times faster than eager, 1x576": judged(short["eager_over_twin"] >= 5, short),
+        "twin at least 5 times faster than eager, 1x4096": judged(long["eager_over_twin"] >= 5, long),
+        "twin at least 10 times faster than eager, 2048x4096": judged(many["eager_over_twin"] >= 10, many),
+        "a score through NumPy under 10 us": judged(short["us"]["harm_score_numpy"] < 10, short)}
     return found
 
 
@@ -161,10 +173,12 @@ def bench_training(options, device):
 
     for a, b in zip(gradients(plain), gradients(fused)):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    us = in_turns({"plain": lambda: gradients(plain), "fused": lambda: gradients(fused)}, options.rounds, options.round_s)
-    step_us = in_turns({"step": step}, min(options.rounds, 3), 0)["step"]
+    rounds_us = in_turns({"plain": lambda: gradients(plain), "fused": lambda: gradients(fused)}, options.rounds, options.round_s)
+    rounds_us |= in_turns({"step": step}, min(options.rounds, 3), 0)
+    us = medians(rounds_us)
+    step_us = us.pop("step")
     saved = (us["plain"] - us["fused"]) / step_us
-    found = {"rows": rows, "tokens_per_row": tokens, "layers": options.layers, "head_forward_backward_us": us, "step_us": step_us,
+    found = {"rows": rows, "tokens_per_row": tokens, "layers": options.layers, "head_forward_backward_us": us, "step_us": step_us, "rounds_us": rounds_us,
              "fused_saves_percent_of_step": round(100 * saved, 4), "worth_it": saved > 0.01}
     report("training", found)
     return found
@@ -303,11 +317,12 @@ def bench_device(options, device):
                                 "copy": target.copy_}
                     for name in ("eager", "compiled"):
                         torch.testing.assert_close(per_call["harm_score"](inputs[0]), per_call[name](inputs[0]), atol=1e-3, rtol=0)
-                    call_us = in_turns({name: (lambda f=f: f(inputs[0])) for name, f in per_call.items()}, 5, options.round_s / 10)
+                    calls = in_turns({name: (lambda f=f: f(inputs[0])) for name, f in per_call.items()}, 5, options.round_s / 10)
                     rounds = {name: captured(lambda f=f: [f(x) for x in inputs][-1], device)[0] for name, f in per_call.items()}
-                    device_us = in_turns(rounds, 5, options.round_s / 10, clock=event_us if cuda else host_us)
-                    device_us = {name: round(us / copies, 3) for name, us in device_us.items()}
+                    replays = in_turns(rounds, 5, options.round_s / 10, clock=event_us if cuda else host_us)
+                    call_us, device_us = medians(calls), {name: round(us / copies, 3) for name, us in medians(replays).items()}
                     cell = {"dtype": dtype_name, "d": d, "rows": rows, "norm": norm == "norm", "call_us": call_us, "device_us": device_us,
+                            "rounds_us": {"call": calls, f"{copies} on the device": replays},
                             "GB_per_s": {"harm_score": round(row_bytes / device_us["harm_score"] / 1e3, 1),
                                          "copy (read + write)": round(2 * row_bytes / device_us["copy"] / 1e3, 1)}}
                     cells.append(cell)
@@ -317,15 +332,15 @@ def bench_device(options, device):
     medium = [cell for cell in cells if cell["rows"] == 1024]
     found["targets"] = {
         "at 8,192 rows and more at least 90 % of the copy's bandwidth":
-            all(cell["GB_per_s"]["harm_score"] >= 0.9 * cell["GB_per_s"]["copy (read + write)"] for cell in large) if large else None,
+            judged(all(cell["GB_per_s"]["harm_score"] >= 0.9 * cell["GB_per_s"]["copy (read + write)"] for cell in large) if large else None, *large),
         "never slower than the compiled reference, on the device":
-            all(cell["device_us"]["harm_score"] <= cell["device_us"]["compiled"] for cell in cells),
+            judged(all(cell["device_us"]["harm_score"] <= cell["device_us"]["compiled"] for cell in cells), *cells),
         "never slower than the compiled reference, as called":
-            all(cell["call_us"]["harm_score"] <= cell["call_us"]["compiled"] for cell in cells),
+            judged(all(cell["call_us"]["harm_score"] <= cell["call_us"]["compiled"] for cell in cells), *cells),
         "at least 5 times faster than eager at 1,024 rows, as called":
-            all(cell["call_us"]["eager"] >= 5 * cell["call_us"]["harm_score"] for cell in medium) if medium else None,
+            judged(all(cell["call_us"]["eager"] >= 5 * cell["call_us"]["harm_score"] for cell in medium) if medium else None, *medium),
         "at least 5 times faster than eager at 1,024 rows, on the device":
-            all(cell["device_us"]["eager"] >= 5 * cell["device_us"]["harm_score"] for cell in medium) if medium else None}
+            judged(all(cell["device_us"]["eager"] >= 5 * cell["device_us"]["harm_score"] for cell in medium) if medium else None, *medium)}
     return found
 
 
@@ -360,7 +375,7 @@ def options_from(arguments):
 
 
 def main(arguments=None):
-    options = options_from(arguments)
+    options, load = options_from(arguments), load_before()
     torch.manual_seed(options.seed)
     if _native.LIBRARY is None:
         raise SystemExit("bench_head: protector/_kernels must be built, got none. Run `pip install -e .` with a C++ compiler.")
@@ -381,6 +396,11 @@ def main(arguments=None):
             result["device" if device.type == "cuda" else "rehearsal"] = bench_device(options, device)
     result["on_cpu"] = bench_cpu(options)
     result["training"] = bench_training(options, device)
+    for part in result.values():
+        for found in part.get("targets", {}).values() if isinstance(part, dict) else ():
+            found["busy"] |= is_loaded(load)
+    result |= {"load_before": load, "busy": busy(result)}
+    warn("bench_head", result)
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower()) if device.type == "cuda" else "cpu"
     path = Path(options.out) / f"head_{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

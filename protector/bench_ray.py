@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from . import data
-from .bench import busy, described, in_turns, rate
+from .bench import in_turns, rate
+from .bench_rounds import busy, described, load_before, warn
 from .evaluate import record
 from .integrations.ray import guard_files
 from .llama import cpu_threads
@@ -44,7 +45,7 @@ def run(config):
     """
     import ray
 
-    workers = config.workers or cpu_threads()
+    workers, load = config.workers or cpu_threads(), load_before()
     pairs, triples = data.read("own")
     pairs += data.pairs_of(triples)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,11 +67,12 @@ def run(config):
                                "ray": rate(n, lambda: guarded(workers, 1))}, config.rounds)
         finally:
             ray.shutdown()
-    result = {"kind": "bench_ray", "rows": n, "workers": workers, "rows_per_s": {name: described(value) for name, value in values.items()},
+    result = {"kind": "bench_ray", "rows": n, "workers": workers, "load_before": load, "rows_per_s": {name: described(value) for name, value in values.items()},
               "ray_over": {name: described(np.array(values["ray"]) / np.array(values[name])) for name in ("one thread", "all threads")}}
     result["busy"] = busy(result)
     out = Path(config.out)
     record.write(out.parent, out.stem, result, config)
+    warn("bench_ray", result)
     return result
 
 

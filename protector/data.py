@@ -354,7 +354,7 @@ def _sort(row, pairs, triples, source):
     else:
         grade = row.get("grade")
         if grade is not None and (isinstance(grade, bool) or not isinstance(grade, (int, float)) or not 0 <= grade <= 1):
-            raise ValueError(f"grade must be a number from 0 to 1, got {type(grade).__name__}")
+            raise ValueError(f"grade must be a number from 0 to 1, got {grade if isinstance(grade, (int, float)) else type(grade).__name__}")
         label = int(grade >= 0.5) if grade is not None and not {"label", "h"} & row.keys() else _label(row)
         pairs.append(Pair(question, _text(row, "answer"), label, source, weight, grade))
 

@@ -9,6 +9,10 @@ class ModelError(ProtectorError, RuntimeError):
     """A model file is missing, cut, of the wrong kind, or fails its own canaries."""
 
 
+class MissingPackage(ModelError):
+    """An optional package, or the package that carries a model, isn't installed; the message says how to install it."""
+
+
 class DataError(ProtectorError, ValueError):
     """A data file or row is malformed; the message names the file and the row."""
 

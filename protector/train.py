@@ -29,6 +29,7 @@ from .losses import IGNORE
 from .models import KINDS, ModelConfig, build
 from .template import Limits, windows
 
+HARMLESS = 0.2  # a target below it is of harmless text, fit to stand before another answer
 MICRO_BATCHES = 4  # groups of examples in one batch, each run on its own
 
 
@@ -96,7 +97,7 @@ def detector_examples(rows, template, answer_only, augment, rng, dilute=0.0):
     Where an answer stands after harmless text, its label holds from its own start on.
     """
     limits, examples = template.limits, []
-    harmless = [row.answer for row in rows if row.target < 0.2]
+    harmless = [row.answer for row in rows if row.target < HARMLESS]
     for row in rows:
         question = "" if rng.random() < answer_only else row.question
         answer = row.answer
@@ -113,7 +114,7 @@ def detector_examples(rows, template, answer_only, augment, rng, dilute=0.0):
                                             limits.window - len(answer_ids), rng)
         question_ids, _ = template.clip_question(question)
         ids, start = template.detector_sequence(question_ids, answer_ids)
-        start += n_before if row.label else 0
+        start += n_before if row.target >= HARMLESS else 0
         examples.append({"ids": ids, "start": start, "label": row.target, "weight": row.weight})
     return examples
 
@@ -244,7 +245,7 @@ def _check(config):
     if _factors(config.loss_weights, "loss_weights") and config.kind != "detector":
         raise ValueError("train: loss_weights must be left out for a detoxifier: its loss knows no labels. Use source_weights.")
     if config.grades and config.kind != "detector":
-        raise ValueError("train: grades must be left out for a detoxifier: its loss knows no labels.")
+        raise ValueError("train: grades must be left out for a detoxifier, got them: its loss knows no labels. Leave out --grades.")
 
 
 def train(config, progress=True):

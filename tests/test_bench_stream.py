@@ -10,11 +10,32 @@ from protector.bench_stream import StreamBenchConfig, targets
 
 
 def test_targets_by_hand():
-    result = {"generation": {"share": {"median": 0.25}, "wait_steps": {"median": 2.1}}, "flat": {"ratio": {"median": 1.0}},
-              "clients": {"streams": {"ratio": {"median": 1.49}}}, "in_a_row": {"grown_bytes": None}}
-    assert [found["holds"] for found in targets(result).values()] == [True, False, True, False]
-    result["in_a_row"]["grown_bytes"] = (8 << 20) + 1
-    assert targets(result)["bytes grown over all short streams"] == {"value": (8 << 20) + 1, "bound": 8 << 20, "holds": False}
+    def number(median, spread=0.0):
+        return {"median": median, "spread": spread}
+
+    result = {"generation": {"share": number(0.25), "wait_steps": number(2.1)}, "flat": {"ratio": number(1.0, spread=0.11)},
+              "clients": {"streams": {"ratio": number(1.49)}}, "in_a_row": {"grown_bytes": None}}
+    assert [(found["holds"], found["busy"]) for found in targets(result).values()] == [(True, False), (False, False), (True, True), (False, False)]
+    result |= {"in_a_row": {"grown_bytes": (8 << 20) + 1}, "load_before": 1e6}
+    assert [found["busy"] for found in targets(result).values()] == [True, True, True, True, False]
+    assert targets(result)["bytes grown over all short streams"] == {"value": (8 << 20) + 1, "bound": 8 << 20, "holds": False, "busy": False}
+
+
+def test_tokens_that_are_written_and_not_shown_when_text_is_let_out(llama_detector, tiny, monkeypatch):
+    """Each token is a word of five characters. With steps of 9 and 8 held, the nth step's end lets out what lies 8 tokens behind it.
+
+    A word's end is only seen at the next word's beginning: step n is scored at token 9 n + 1. The first has 9 tokens and lets out one of
+    10 that were written; each later one lets out 9, and before it 8 held, 9 of its step and the word in the making weren't shown: 18.
+    """
+    monkeypatch.setattr(bench, "SETTLE_S", 0)
+    guard = Protector(llama_detector, False, threshold=1.0, on_flag="report")
+    [token] = guard.detector.template.encode(" tram")
+    monkeypatch.setattr(bench_stream, "base_path", lambda: tiny.gguf)
+    monkeypatch.setattr(guard.detector.tokenizer, "decode", lambda ids: " tram")
+    found = bench_stream.generation(guard, bench_stream.Sizes(answer=60), 2, 1)["held_tokens"]
+    assert bench_stream.STEP_TOKENS == 9 and found == {"median": 18.0, "largest": 18.0}  # 10, then 18 five times
+    few = bench_stream.generation(guard, bench_stream.Sizes(answer=5), 2, 1)["held_tokens"]
+    assert np.isnan([few["median"], few["largest"]]).all(), "nothing was let out"
 
 
 def test_one_round_is_refused():
@@ -43,5 +64,6 @@ def test_a_quick_run_measures_everything(llama_detector, tiny, tmp_path, monkeyp
         "scoring", "wait after the last token", "a token of a long stream", "streams of many clients", "bytes grown over all short streams"}
     assert written["flat"]["ratio"]["n"] == 2 and set(written["flat"]["ms_per_token"]) == {"16 tokens", "80 tokens"}
     assert written["generation"]["share"]["median"] > 0 < written["generation"]["wait_steps"]["median"]
+    assert written["generation"]["held_tokens"].keys() == {"median", "largest"} and written["load_before"] >= 0
     assert written["clients"]["streams"]["ratio"]["median"] > 0 < written["clients"]["whole_answers"]["ratio"]["median"]
     assert written["in_a_row"]["streams"] == 20 and not any(cache.places for cache in llama_detector._streams.caches)

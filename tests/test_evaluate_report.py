@@ -15,7 +15,7 @@ from evaluate_fakes import FakeDetector, FakeDetoxifier, server  # noqa: F401 (a
 from test_evaluate_judge import fake_embed
 
 import protector.evaluate as evaluate
-from protector.errors import DataError, ModelError
+from protector.errors import DataError, MissingPackage, ModelError
 from protector.evaluate import EvaluateConfig, benchmarks, metrics, plots, report
 from protector.guard import Protector
 
@@ -50,7 +50,7 @@ class Blind(FakeClient):
 
     def __call__(self, question, image=None):
         if image:
-            raise ModelError("StandIn: RapidOCR must be installed, got none.")
+            raise MissingPackage("StandIn: RapidOCR must be installed, got none.")
         return super().__call__(question)
 
     def losses(self, question, answer, image=None):
@@ -169,8 +169,19 @@ def test_all_goes_on_without_a_part_whose_package_is_missing(tmp_path, capsys):
     assert found(tmp_path).keys() == {"judge", "detectors", "replay", "rewrites", "utility"} and (tmp_path / "report" / "index.html").exists()
     said = capsys.readouterr().err
     assert all(f"evaluate: without {part}. StandIn: RapidOCR must be installed, got none." in said for part in ("typographic", "likelihood"))
-    with pytest.raises(ModelError, match="RapidOCR must be installed"):  # what was named must not be left out
+    with pytest.raises(MissingPackage, match="RapidOCR must be installed"):  # what was named must not be left out
         run(tmp_path, "typographic", client=Blind, most=4)
+
+
+def test_all_needs_something_and_keeps_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="all must be given data or a benchmark's folder"):
+        evaluate._parts(EvaluateConfig(("all",)))
+    assert evaluate._parts(EvaluateConfig(("all",), figstep="x")) == ["figstep"]
+    class Broken(FakeClient):  # a wrong model is no missing package
+        def __call__(self, question, image=None):
+            raise ModelError("no such model")
+    with pytest.raises(ModelError, match="no such model"):
+        run(tmp_path, "all", client=Broken, most=4)
 
 
 def test_a_benchmark_by_a_strong_judge_needs_no_labelled_answers(server, tmp_path, monkeypatch):

@@ -47,6 +47,7 @@ def _byte_level(folder):
 def _sentencepiece(folder):
     """A tokenizer.model, which transformers has to convert."""
     sentencepiece = pytest.importorskip("sentencepiece", reason="needs the package sentencepiece (extra train)")
+    pytest.importorskip("google.protobuf", reason="needs the package protobuf (extra train)")
     folder.mkdir()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(text for row in ROWS for text in row.values()), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=300,

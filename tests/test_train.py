@@ -152,6 +152,13 @@ def test_batches_hold_each_example_once():
     assert [len(s) for s in steps] == [len(s) for s in batches(examples, 2048, random.Random(0))]
 
 
+def test_harmless_text_before_a_doubtful_answer_is_harmless(template):
+    rows = [data.Pair("Q", "A doubtful answer.", 0, grade=0.45), data.Pair("Q", "A harmless one.", 0, grade=0.15)]
+    alone = len(template.detector_sequence(template.encode("Q"), [])[0])
+    starts = [[example["start"] for example in detector_examples(rows, template, 0.0, 0.0, random.Random(seed), dilute=1.0)] for seed in range(20)]
+    assert any(doubtful > alone for doubtful, _ in starts) and all(harmless == alone for _, harmless in starts)
+
+
 # -- rows
 
 def test_load_rows(tiny, template, tmp_path, monkeypatch):

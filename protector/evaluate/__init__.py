@@ -7,6 +7,8 @@
     benchmarks  MM-SafetyBench, FigStep, own requests  mllm        clients of multimodal models
     likelihood  why images break them                  record      results as JSON
     report      tables, plots, one page                table       the short table of reproduce.sh
+    compare     trained detectors side by side         depth       what a linear layer sees after each block
+    shared      one backbone for both tasks            parity      PyTorch against llama.cpp
 
     python -m protector evaluate all --data dev/ --report report/
 """
@@ -14,13 +16,13 @@ import sys
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 
-from ..errors import DataError, ModelError
+from ..errors import DataError, MissingPackage
 from ..options import ModelOptions, option
 
 PARTS = ("judge", "detectors", "replay", "utility", "exact", "mm-safetybench", "figstep", "typographic", "likelihood")
 MLLMS = ("stand-in", "openai", "llama.cpp", "transformers", "replay")
 _WITH_LOGITS = ("stand-in", "transformers")
-_NEEDED = {"judge": ("data",), "mm-safetybench": ("mm_safetybench",), "figstep": ("figstep",), "exact": ("exact_questions", "exact_answers")}
+_NEEDED = {**dict.fromkeys(("judge", "detectors", "replay", "utility", "typographic", "likelihood"), ("data",)), "mm-safetybench": ("mm_safetybench",), "figstep": ("figstep",), "exact": ("exact_questions", "exact_answers")}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def run(config):
         0
     Raises:
         DataError, ModelError, ValueError: what is wrong with the input, before anything long starts where it can be known. Under
-            all, a part whose model or package is missing is left out and named on stderr.
+            all, a part whose package is missing is left out and named on stderr.
     """
     from . import record, report
 
@@ -74,7 +76,7 @@ def run(config):
                 for name, result in done.measure(part):
                     path = record.write(config.out, name, result, asdict(config))
                     print(f"wrote {path}", file=sys.stderr)
-            except ModelError as error:
+            except MissingPackage as error:
                 if "all" not in config.what:
                     raise
                 print(f"evaluate: without {part}. {error}", file=sys.stderr)
@@ -98,9 +100,12 @@ def _parts(config):
     if "all" in config.what:
         # Recorded answers are a benchmark's; a server and llama.cpp's vision handlers give no logits.
         left_out = {"typographic": config.mllm == "replay", "likelihood": config.mllm not in _WITH_LOGITS}
-        return [part for part in PARTS if all(getattr(config, name) for name in _NEEDED.get(part, ())) and not left_out.get(part)]
+        allowed = [part for part in PARTS if all(getattr(config, name) for name in _NEEDED[part]) and not left_out.get(part)]
+        if not allowed:
+            raise ValueError("evaluate: all must be given data or a benchmark's folder, got neither. Pass --data FOLDER.")
+        return allowed
     for part in config.what:
-        for name in _NEEDED.get(part, ()):
+        for name in _NEEDED[part]:
             if not getattr(config, name):
                 raise ValueError(f"evaluate: {name} must be given for {part}, got nothing. Pass --{name.replace('_', '-')}.")
     if "likelihood" in config.what and config.mllm not in _WITH_LOGITS:

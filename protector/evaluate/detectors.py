@@ -24,7 +24,7 @@ PUBLISHED = {
              "WildGuard, 7B": [86.3, 64.2, 84.4, 94.7], "GuardReasoner, 1B": [84.8, 68.4, 85.8, 90.1],
              "Qwen3Guard-Gen, 0.6B": [85.0, 66.6, 86.1, 89.7], "Qwen3Guard-Stream, 0.6B": [83.1, 62.8, 84.5, 84.8]}}
 FPRS = (0.01, 0.05)
-ANSWER_ONLY = 400  # rows of a source that are scored a second time, without their question
+ANSWER_ONLY = 200  # rows of a source that are scored a second time, without their question
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 
 

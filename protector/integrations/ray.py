@@ -209,6 +209,9 @@ def _on_ray(due, out, workers, num_cpus, num_gpus, options):
     for part in [part for part, n_rows in each("part", due, out) if n_rows is None]:
         lines = dict(each("lines", part.rows()))
         lines.update(each("lines", [row for row, line in lines.items() if line is None], True))
+        lost = [str(row) for row in part.rows() if lines[row] is None]
+        if lost:  # not even read: no worker lives long enough for a row of its own
+            raise RuntimeError(f"guard_files: a worker must live to read a row, got none for rows {', '.join(lost)}. Give workers more memory.")
         _write(out, part, "".join(lines[row] for row in part.rows()))
 
 

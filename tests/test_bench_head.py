@@ -1,0 +1,43 @@
+"""bench_head's arithmetic; its script is rehearsed in test_head.py."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def test_rounds_have_a_median_and_a_spread():
+    pytest.importorskip("torch", reason="bench_head measures torch")
+    from protector import bench_head
+
+    times = iter([100, 100, 8, 10, 10, 10, 12, 10])  # one call each to size the rounds, then three rounds of both
+    found = bench_head.in_turns({"a": None, "b": None}, 3, 0, clock=lambda function, calls: next(times))
+    assert bench_head.medians(found) == {"a": 10.0, "b": 10.0}
+    assert (found["a"]["spread"], found["b"]["spread"]) == (0.2, 0.0)  # quartiles 9 and 11 about 10
+    assert bench_head.judged(True, {"rounds_us": {"b": found["b"]}}) == {"met": True, "busy": False}
+    assert bench_head.judged(False, {"rounds_us": {"b": found["b"]}}, {"rounds_us": found}) == {"met": False, "busy": True}
+
+
+def test_no_target_is_met_without_a_word_beside_other_work(tmp_path, monkeypatch, capsys):
+    torch = pytest.importorskip("torch", reason="bench_head measures torch")
+    from protector import bench_head
+
+    if bench_head._native.LIBRARY is None or torch.cuda.is_available():
+        pytest.skip("the script ends early without the built library, and measures more where there is a GPU")
+    number = bench_head.described([8, 10, 12])
+    monkeypatch.setattr(bench_head, "bench_cpu", lambda options: {"targets": {"fast": bench_head.judged(True)}})
+    monkeypatch.setattr(bench_head, "bench_training", lambda options, device: {"rounds_us": {"step": number}})
+    for load, is_busy in ((0.0, False), (1e6, True)):
+        monkeypatch.setattr(bench_head, "load_before", lambda: load)
+        bench_head.main(["--out", str(tmp_path)])
+        result = json.loads((tmp_path / "head_cpu.json").read_text())
+        assert result["on_cpu"]["targets"]["fast"] == {"met": True, "busy": is_busy}
+        assert (result["load_before"], result["busy"]) == (load, ["training, rounds_us, step"])
+        told = capsys.readouterr().err
+        assert "bench_head: training, rounds_us, step spread over more than 10 %." in told and ("the load before the start" in told) == is_busy
+
+
+def test_the_kernel_is_proven_without_llama_cpp():
+    pytest.importorskip("torch", reason="bench_head measures torch")
+    code = "import sys; sys.modules['llama_cpp'] = None; import protector.bench_head"  # None: its import fails
+    subprocess.run([sys.executable, "-c", code], check=True)

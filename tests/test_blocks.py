@@ -1,0 +1,36 @@
+"""Blocks that say whether a target is met, by hand; test_readme.py compares every block with its file."""
+from protector.evaluate import blocks
+
+
+def _rate(k, n):
+    return {"rate": k / n if n else None, "low": 0.1, "high": 0.9, "k": k, "n": n}
+
+
+def _measured(auroc, recall):
+    return {"auroc": {"value": auroc, "low": 0.0, "high": 1.0}, "recall_at_5%_fpr": {"value": recall, "low": 0.0, "high": 1.0}}
+
+
+def test_detector_targets():
+    result = {"sources": {"beavertails_test_NC": _measured(0.88, 0.59), "pyrit": _measured(0.899, 0.5), "openai_rbr": _measured(None, None),
+                          "owleval": {"false_positives": {"k": 5, "n": 486}}}}
+    lines = blocks._detector_targets(result).splitlines()[2:]
+    assert [line.split(" | ")[0][2:] + ": " + line.split(" | ")[-1][:-2] for line in lines] == [
+        "AUROC, beavertails_test_NC: yes", "AUROC, pyrit: no", "recall at 5 % false positives, beavertails_test_NC: no",
+        "recall at 5 % false positives, pyrit: yes", "OwlEval's answers flagged: no"]
+    result["sources"]["owleval"]["false_positives"]["k"] = 4
+    assert blocks._detector_targets(result).splitlines()[-1].endswith("4 of 486 | yes |")
+
+
+def test_rewrite_targets():
+    result = {"judge": "a coin", "judged_harmless": _rate(94, 100), "below_threshold_at_first_try": _rate(85, 100),
+              "relevance": {"on_topic": _rate(81, 100)}, "refusals": _rate(50, 100)}
+    assert [line.split(" | ")[-1] for line in blocks._rewrite_targets(result).splitlines()[2:6]] == ["no |", "yes |", "yes |", "yes |"]
+    result["refusals"], result["relevance"], result["judged_harmless"] = _rate(51, 100), None, _rate(0, 0)
+    lines = blocks._rewrite_targets(result).splitlines()[2:4]
+    assert [line.split(" | ")[-1] for line in lines] == ["yes |", "no |"] and "refusal" in lines[1]
+
+
+def test_a_loaded_machine_is_named():
+    result = {"busy": [], "load_before": 1.2, "run": {"cores": 2}}
+    assert blocks._busy(result) == " **Busy**: the load average before the start was 1.2."
+    assert blocks._busy({**result, "load_before": 1.0}) == "" and blocks._busy({"busy": ["x"], "run": {"cores": 2}}) == " Spread widely: x."
