@@ -249,10 +249,10 @@ def test_wrong_use_is_said_before_anything_runs(tmp_path):
     with pytest.raises(DataError, match="mllm_model must be a JSONL file of recorded answers, got 'absent.jsonl'"):
         evaluate.run(EvaluateConfig(("figstep",), figstep="x", mllm="replay", mllm_model="absent.jsonl"))
     with pytest.raises(DataError, match="related must be a folder of images or a JSONL file"):
-        evaluate.run(EvaluateConfig(("likelihood",), related=str(tmp_path / "absent")))
+        evaluate.run(EvaluateConfig(("figstep",), figstep="x", related=str(tmp_path / "absent")))
     with pytest.raises(DataError, match="out must hold results, got none"):
         evaluate.run(EvaluateConfig(("report",), out=str(tmp_path)))
-    with pytest.raises(DataError, match="data must be given, got nothing"):
+    with pytest.raises(ValueError, match="data must be given for detectors, got nothing. Pass --data"):
         evaluate.run(EvaluateConfig(("detectors",), out=str(tmp_path)))
 
 

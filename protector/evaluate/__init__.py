@@ -104,12 +104,12 @@ def _parts(config):
         if not allowed:
             raise ValueError("evaluate: all must be given data or a benchmark's folder, got neither. Pass --data FOLDER.")
         return allowed
-    for part in config.what:
-        for name in _NEEDED[part]:
-            if not getattr(config, name):
-                raise ValueError(f"evaluate: {name} must be given for {part}, got nothing. Pass --{name.replace('_', '-')}.")
     if "likelihood" in config.what and config.mllm not in _WITH_LOGITS:
         raise ValueError(f"evaluate: mllm must give logits for likelihood, got {config.mllm}. Use transformers or stand-in.")
+    for part in config.what:
+        for name in _NEEDED.get(part, ()):  # "report" needs nothing
+            if not getattr(config, name):
+                raise ValueError(f"evaluate: {name} must be given for {part}, got nothing. Pass --{name.replace('_', '-')}.")
     return [part for part in PARTS if part in config.what]
 
 
