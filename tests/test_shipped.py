@@ -55,7 +55,7 @@ def test_both_adapters_belong_to_the_base_and_fit_in_the_tree():
 
 def test_the_shipped_threshold_states_its_bound(guard):
     entries = {(e["quantisation"], e["input"]): e for e in guard.detector.calibration}
-    for quantisation, kind in itertools.product(("F16", "Q8_0"), ("pair", "answer")):
+    for quantisation, kind in itertools.product(("F16", "Q8_0", "Q4_0"), ("pair", "answer")):
         entry = entries[quantisation, kind]
         assert (entry["fpr"], entry["confidence"]) == (0.01, 0.95) and entry["n"] >= 299
         assert entry["model_sha256"] == guard.detector.model_sha256 and len(entry["data_sha256"]) == 64
