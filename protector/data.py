@@ -153,7 +153,7 @@ def pairs_with_replies(pairs, found):
 
 def question_digest(question):
     """The first 16 hex digits of a question's sha256, spaces and case aside."""
-    return hashlib.sha256(folded(question).encode("utf-8", "replace")).hexdigest()[:16]
+    return _digest(folded(question))
 
 
 def grades(path=GRADES):
@@ -186,7 +186,11 @@ def graded(pairs, found):
 
 def answer_digest(question, answer):
     """The first 16 hex digits of the sha256 of a question and an answer, spaces and case aside."""
-    return hashlib.sha256(f"{folded(question)}\0{folded(answer)}".encode("utf-8", "replace")).hexdigest()[:16]
+    return _digest(f"{folded(question)}\0{folded(answer)}")
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def unique(rows):

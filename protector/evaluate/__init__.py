@@ -22,7 +22,8 @@ from ..options import ModelOptions, option
 PARTS = ("judge", "detectors", "replay", "utility", "exact", "mm-safetybench", "figstep", "typographic", "likelihood")
 MLLMS = ("stand-in", "openai", "llama.cpp", "transformers", "replay")
 _WITH_LOGITS = ("stand-in", "transformers")
-_NEEDED = {**dict.fromkeys(("judge", "detectors", "replay", "utility", "typographic", "likelihood"), ("data",)), "mm-safetybench": ("mm_safetybench",), "figstep": ("figstep",), "exact": ("exact_questions", "exact_answers")}
+_NEEDED = {**dict.fromkeys(PARTS, ("data",)), "mm-safetybench": ("mm_safetybench",), "figstep": ("figstep",),
+           "exact": ("exact_questions", "exact_answers")}
 
 
 @dataclass(frozen=True)
