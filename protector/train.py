@@ -61,7 +61,7 @@ class TrainConfig:
     rewrite_tokens: int = field(default=160, metadata={"help": "longest accepted answer (detoxifier)"})
     replies: bool = field(default=False, metadata={"help": "answer the public sets' questions with this project's own accepted answers"})
     grades: bool = field(default=False, metadata={"help": "this project's grades as labels where it graded the public sets' answers (detector)"})
-    init: str = field(default="", metadata={"help": "folder of trained weights to start from"})
+    init: str = field(default="", metadata={"help": "folder of trained weights to start from; of fewer blocks too, the head then starts anew"})
     seed: int = field(default=0, metadata={"help": "of data order and initialisation"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the blocks: some minutes before the first step, faster ones then"})
     checkpoint_s: float = field(default=120.0, metadata={"help": "seconds between checkpoints"})
@@ -392,11 +392,13 @@ def _start_from(model, folder):
     except (OSError, SafetensorError) as error:
         raise ModelError(f"train: init must be a folder with a whole model.safetensors, got {type(error).__name__} in {folder}. "
                          "Check the path.") from None
-    if tensors.keys() != mine.keys() or any(tensors[name].shape != mine[name].shape for name in mine):
-        raise ModelError(f"train: init must have this model's tensors, got others in {folder}. Use the same depth and rank.")
+    deeper = tensors.keys() < mine.keys() and "head.weight" in tensors
+    if not (deeper or tensors.keys() == mine.keys()) or any(value.shape != mine[name].shape for name, value in tensors.items()):
+        raise ModelError(f"train: init must have this model's tensors, got others in {folder}. Use the same rank, and no more blocks.")
     with torch.no_grad():
         for name, value in tensors.items():
-            mine[name].copy_(value)
+            if not (deeper and name.startswith("head.")):  # the head reads other states now: it starts at zero, as new blocks' adapters do
+                mine[name].copy_(value)
 
 
 def _checkpoint(out, config, fingerprint, model, optimizer, step, spent_s, tokens):

@@ -25,6 +25,10 @@ def test_rewrite_targets():
     result = {"judge": "a coin", "judged_harmless": _rate(94, 100), "below_threshold_at_first_try": _rate(85, 100),
               "relevance": {"on_topic": _rate(81, 100)}, "refusals": _rate(50, 100)}
     assert [line.split(" | ")[-1] for line in blocks._rewrite_targets(result).splitlines()[2:6]] == ["no |", "yes |", "yes |", "yes |"]
+    result["graded"] = {"harmless": _rate(95, 100), "about": _rate(79, 100)}
+    lines = blocks._rewrite_targets(result).splitlines()[2:8]
+    assert [line.split(" | ")[-1] for line in lines] == ["no |", "yes |", "yes |", "yes |", "no |", "yes |"] and "grades" in lines[1] and "grades" in lines[4]
+    result["graded"] = {"harmless": _rate(0, 0), "about": _rate(0, 0)}
     result["refusals"], result["relevance"], result["judged_harmless"] = _rate(51, 100), None, _rate(0, 0)
     lines = blocks._rewrite_targets(result).splitlines()[2:4]
     assert [line.split(" | ")[-1] for line in lines] == ["yes |", "no |"] and "refusal" in lines[1]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from evaluate_fakes import FakeDetector, FakeDetoxifier
 
+from protector import data
 from protector.errors import DataError
 from protector.evaluate import metrics, record, replay, report, rewrites, utility
 from protector.evaluate.relevance import RelevanceJudge, quality
@@ -126,6 +127,21 @@ def test_rewrite_metrics_by_hand():
     refused = rewrites.evaluate(guard(), replay.guard_rows(guard("bleach and vinegar"), some), FakeJudge(), None, relevance)
     assert "relevance_judged" not in refused
     assert refused["refused_by_guard"]["k"] == 4 and refused["rewritten"]["k"] == 0 and refused["judged_harmless"]["rate"] is None
+
+
+def test_grades_of_rewrites(tmp_path):
+    def row(question, answer, **given):
+        return json.dumps({"answer_sha256": data.answer_digest(question, answer), **given}) + "\n"
+
+    path = tmp_path / "grades.jsonl"
+    path.write_text(row("Clean?", "Use soap.", harm=0.05, about=True, refuses=False) + row("Clean?", "Pour both.", harm=0.85, about=True, refuses=False)
+                    + row("Clean?", "No.", harm=0.05, about=False, refuses=True)
+                    + row("A?", "Labelled.", harm=0.75, label=1) + row("B?", "Labelled.", harm=0.55, label=0))
+    found = rewrites.graded([("Clean?", "Use soap."), ("clean? ", "pour  both."), ("Clean?", "No."), ("A?", "Labelled."), ("Clean?", "New.")], path=path)
+    assert [(found[name]["k"], found[name]["n"], found[name]["missing"]) for name in ("harmless", "about", "refuses")] == [(2, 3, 2), (2, 3, 2), (1, 3, 2)]
+    assert (found["grader"]["n"], found["grader"]["accuracy"]["k"], found["grader"]["auroc"]) == (2, 1, 1.0)
+    shipped = rewrites.graded([("No such question?", "No such answer.")])
+    assert shipped["harmless"]["n"] == 0 and shipped["grader"]["n"] > 50 and shipped["grader"]["auroc"] > 0.8
 
 
 def test_rewrites_of_one_question_are_one_draw_and_the_guard_is_named():

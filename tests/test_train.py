@@ -266,7 +266,15 @@ def test_init_goes_on_from_trained_weights(trained, tiny, rows, tmp_path):
         assert str(error.value) == message
     with pytest.raises(ModelError) as error:
         train.train(config_of(tiny, rows, tmp_path, init=str(trained[0]), depth=2), progress=False)
-    assert str(error.value) == f"train: init must have this model's tensors, got others in {trained[0]}. Use the same depth and rank."
+    assert str(error.value) == f"train: init must have this model's tensors, got others in {trained[0]}. Use the same rank, and no more blocks."
+
+
+def test_a_deeper_detector_starts_from_a_shallower_one(tiny, rows, tmp_path):
+    shallow = train.train(config_of(tiny, rows, tmp_path / "a", depth=2, epochs=1), progress=False).trained()
+    deep = train.train(config_of(tiny, rows, tmp_path / "b", init=str(tmp_path / "a"), epochs=0.5, lr=1e-9), progress=False).trained()
+    assert losses(tmp_path / "b")[0] == pytest.approx(math.log(2), abs=1e-4)  # the head reads other states: it starts anew
+    assert shallow.keys() < deep.keys() and {name.split(".layers.")[1][0] for name in deep.keys() - shallow.keys()} == {"2", "3"}
+    assert all(torch.allclose(value, deep[name], atol=1e-6) for name, value in shallow.items() if not name.startswith("head."))
 
 
 def test_full_fine_tuning(tiny, rows, tmp_path):

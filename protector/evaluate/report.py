@@ -159,6 +159,13 @@ def rewrite_tables(result):
         rows.insert(4, ["the same judge: harmless answers of this project's own judged harmful", share(on_own["harmless_called_harmful"])])
         rows.insert(5, ["the same judge: harmful answers of this project's own judged harmless", share(on_own["harmful_missed"])])
         notes.append("This project's own: short answers to alarming questions, written for it, which the judge never saw.")
+    graded = result.get("graded")
+    if graded and graded["harmless"]["n"]:
+        rows += [["harmless by a language model's grades", share(graded["harmless"])], ["about its question, by the same", share(graded["about"])],
+                 ["nothing but a refusal, by the same", share(graded["refuses"])]]
+        grader = graded["grader"]
+        notes.append(f"Grades: of these texts among {grader['n']} answers with human labels, not told apart to it: accuracy {share(grader['accuracy'])}, "
+                     f"AUROC {grader['auroc']:.2f}. Texts that weren't graded are missing.")
     if judged:
         rows += [["about its question, by the judge of relevance", share(judged["about_own_question"])],
                  ["about another question, by the same judge", share(judged["about_another_question"])]]
