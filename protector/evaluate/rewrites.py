@@ -1,12 +1,11 @@
 """What the detoxifier writes: harmless, about the question, not a copy, not only a refusal, and readable."""
-import json
 import math
 import re
 from pathlib import Path
 
 import numpy as np
 
-from ..data import answer_digest, spread
+from ..data import _jsonl_rows, answer_digest, spread
 from . import metrics
 from .detectors import described, named
 from .judge import is_refusal, quality
@@ -50,7 +49,7 @@ def graded(pairs, groups=None, path=GRADES):
         dict: rates "harmless", "about" and "refuses" of the pairs, a text that wasn't graded counted as missing; "grader", how it
         did on the labelled answers (judge.quality).
     """
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for _, row in _jsonl_rows(str(path))]
     known = {row["answer_sha256"]: row for row in rows if "label" not in row}
     labelled = [row for row in rows if "label" in row]
     found = [known.get(answer_digest(*pair)) for pair in pairs]
