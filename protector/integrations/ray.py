@@ -179,32 +179,35 @@ def _on_ray(due, out, workers, num_cpus, num_gpus, options):
     from ray.exceptions import OutOfMemoryError, RayActorError
 
     actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(GuardBatch)
-    idle = []  # (worker, what is there once it has started)
+    idle = []
 
     def each(method, items, *arguments):
         """Yield (item, what the method makes of it) in the order they are done; None where the worker died at each try."""
-        items, running, deaths = deque(items), {}, Counter()
+        items, running, deaths = deque(items), {}, Counter()  # running: {what ray returns: (worker, item)}, without an item while it starts
         while items or running:
-            while items and len(running) < workers:
-                if not idle:
-                    worker = actor.remote(**options)
-                    idle.append((worker, worker.__ray_ready__.remote()))
-                (worker, started), item = idle.pop(), items.popleft()
-                running[getattr(worker, method).remote(item, *arguments)] = worker, started, item
+            while items and idle:
+                worker, item = idle.pop(), items.popleft()
+                running[getattr(worker, method).remote(item, *arguments)] = worker, item
+            n_starting = sum(item is None for _, item in running.values())
+            for _ in range(min(workers - len(running), len(items) - n_starting)):
+                worker = actor.remote(**options)
+                running[worker.__ray_ready__.remote()] = worker, None
             done = ray.wait(list(running))[0][0]
-            worker, started, item = running.pop(done)
+            worker, item = running.pop(done)
             try:
                 result = ray.get(done)
             except (RayActorError, OutOfMemoryError):
-                ray.get(started)  # a worker that can't even start is no row's doing: its error ends the job
+                if item is None:  # a worker that can't even start is no row's doing: its error ends the job
+                    raise
                 deaths[item] += 1
                 if deaths[item] < _TRIES:  # the part's file is replaced as a whole, so no row counts twice
                     items.append(item)
                     continue
                 result = None
             else:
-                idle.append((worker, started))
-            yield item, result
+                idle.append(worker)
+            if item is not None:
+                yield item, result
 
     for part in [part for part, n_rows in each("part", due, out) if n_rows is None]:
         lines = dict(each("lines", part.rows()))
