@@ -9,6 +9,7 @@ Traps that shaped this file:
 """
 import ctypes
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -32,6 +33,7 @@ logger = logging.getLogger("protector")
 CANARY_TOLERANCE = 0.1  # |score - score at export|; Q8_0 stays within it on all of 200 rows, Q4_0's canaries do (results/parity.json)
 _BATCH_TOKENS = 512  # tokens of one llama_decode
 _SEQUENCES = 16  # sequences that one decode may hold
+_TILE = 64  # tokens from which on llama.cpp's CPU kernel of flash attention sums in float32
 _CACHES = 4  # that streams are spread over: attention reads a whole cache, the other streams' part only to be masked
 _STREAMS = 2  # streams of the greatest length that one of them has room for
 _PLACES = 16  # streams that it may hold at one time while they are shorter
@@ -192,7 +194,7 @@ def _acquire(lock, deadline):
 class _Context:
     """One llama.cpp context: weights, an optional adapter, a KV cache, and a lock around them."""
 
-    def __init__(self, weights, adapter, n_ctx, hidden, n_threads, n_sequences=1):
+    def __init__(self, weights, adapter, n_ctx, hidden, n_threads, n_sequences=1, in_tiles=False):
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = n_ctx, _BATCH_TOKENS, _BATCH_TOKENS
         options.n_seq_max, options.kv_unified = n_sequences, True
@@ -201,9 +203,10 @@ class _Context:
         options.embeddings = hidden and not weights.has_identity_output
         options.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE
         if hidden:
-            # Its CPU kernel sums values in float16, in an order that depends on the batch: logits of one text differed by 8e-3
-            # between a stream and the whole, and by 4e-4 without it. It would be 7 % faster.
-            options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            # For fewer than _TILE tokens its CPU kernel sums values in float16, in an order that depends on the batch: logits of one text
+            # differed by 8e-3 between a stream and the whole, and by 4e-4 without it.
+            is_flash = in_tiles and not llama_cpp.llama_supports_gpu_offload()
+            options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if is_flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.weights, self._lock, self._next, self.n_ctx, self.pid = weights, threading.RLock(), threading.Lock(), n_ctx, os.getpid()
         self.pointer = llama_cpp.llama_init_from_model(weights.pointer, options)
         if not self.pointer:
@@ -335,7 +338,8 @@ class LlamaDetector:
         self.model_sha256, self.calibration = self.metadata.model_sha256, self.metadata.calibration
         room = _STREAMS * self.longest  # not self in the function: a cycle would keep the memory until a collection
         self._streams = _Streams(lambda: _Context(weights, adapter, room, True, n_threads, _PLACES))
-        self.context = _Context(weights, adapter, max(4 * _BATCH_TOKENS, _BATCH_TOKENS + self.longest), True, n_threads, _SEQUENCES)
+        room = -(-self.longest // _BATCH_TOKENS) * _BATCH_TOKENS  # for a group of _groups, and for _tiled's padding
+        self.context = _Context(weights, adapter, room, True, n_threads, _SEQUENCES + 1, in_tiles=True)
         if self.context.n_embd != len(self.metadata.head_weight):
             raise ModelError(f"load: {path} must have a head of {self.context.n_embd} weights, got "
                              f"{len(self.metadata.head_weight)}. Use the base that it was trained on.")
@@ -371,7 +375,7 @@ class LlamaDetector:
                        for sequence, (ids, start) in enumerate(group) for position, token in enumerate(ids)]
             with self.context.turn(deadline):
                 self.context.clear()
-                logits = self._read(self.context, entries, deadline)
+                logits = self._read(self.context, _tiled(entries), deadline)
             ends = np.cumsum([len(ids) - start for ids, start in group])
             parts += np.split(np.array(logits, np.float32), ends[:-1])
         return parts
@@ -384,10 +388,11 @@ class LlamaDetector:
     def _read(self, context, entries, deadline=None):
         """Logits of the entries that want an output, decoded batch by batch."""
         logits = []
-        for begin in range(0, len(entries), _BATCH_TOKENS):
+        n = math.ceil(len(entries) / _BATCH_TOKENS)
+        for i in range(n):  # batches of one size: none is short of _TILE
             if deadline:
                 deadline()
-            part = entries[begin:begin + _BATCH_TOKENS]
+            part = entries[len(entries) * i // n:len(entries) * (i + 1) // n]
             context.decode(part)
             hidden = [context.hidden(i) for i, entry in enumerate(part) if entry[3]]  # n of (d,)
             if hidden:
@@ -411,6 +416,11 @@ def _groups(sequences):
         n_tokens += len(ids)
     if group:
         yield group
+
+
+def _tiled(entries):
+    """The entries, and padding in a sequence of its own where they are fewer than _TILE."""
+    return entries + [(0, position, _SEQUENCES, False) for position in range(_TILE - len(entries))]
 
 
 class _Step:
