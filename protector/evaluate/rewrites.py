@@ -11,7 +11,7 @@ from .detectors import described, named
 from .judge import is_refusal, quality
 from .relevance import on_topic
 
-GRADES = Path(__file__).parent / "rewrite_grades.jsonl"  # of rewrites that the shipped detoxifier wrote, and of labelled answers among them
+MARKS = Path(__file__).parent / "rewrite_grades.jsonl"  # of rewrites that the shipped detoxifier wrote, and of labelled answers among them
 LONG_RUN = 8  # words in a row; shorter runs are common phrases
 _WORD = re.compile(r"\w+")
 
@@ -38,7 +38,7 @@ def longest_run(original, rewrite):
     return longest
 
 
-def graded(pairs, groups=None, path=GRADES):
+def marks(pairs, groups=None, path=MARKS):
     """What a language model said of texts that it was shown among labelled answers, without knowing which were which.
 
     Args:
@@ -95,7 +95,7 @@ def evaluate(guard, outcomes, judge, embed, relevance=None, perplexity=None, own
         "judge": judge.described(), "judge_measured": judge.measured,
         "judge_on_own": quality([verdict for _, verdict in known], [row.label for row, _ in known],
                                 groups=[row.group for row, _ in known]) if known else None,
-        "graded": graded([(outcome.row.question, outcome.verdict.text) for outcome in written], of_written),
+        "graded": marks([(outcome.row.question, outcome.verdict.text) for outcome in written], of_written),
         "refusals": metrics.rate([is_refusal(outcome.verdict.text) for outcome in written], of_written),
         "copied_runs": {"longest_words": max(runs, default=0), "median_words": float(np.median(runs)) if runs else None,
                         f"at_least_{LONG_RUN}_words": metrics.rate([run >= LONG_RUN for run in runs], of_written)},
