@@ -526,8 +526,9 @@ def _machine(plain, sizes, rounds, result):
             "matmuls_flop_per_s": {name: described(turns[name]) for name in products}, "copy_bytes_per_s": described(turns["copy"]), "shares": {
         # Two operations a weight of a block; attention left out.
         f"{longest}, of the matrix product": 2 * models["detector"]["parameters_of_blocks"] * median(longest) / flops,
-        # Each written token reads each weight once.
-        "rewriting, of the copy": models["detoxifier"]["bytes"] * median("rewriting, token by token") / bandwidth}}
+        # Each token that is read or written alone reads each weight once.
+        "rewriting, of the copy": models["detoxifier"]["bytes"] * median("rewriting, token by token") / bandwidth,
+        "detector, token by token, of the copy": models["detector"]["bytes"] * median("detector, token by token") / bandwidth}}
 
 
 def _training(depth, plain, folder, sizes, threads, compiles):
@@ -631,8 +632,11 @@ def targets(result):
 
 def _number(number):
     digits = max(0, 2 - int(np.floor(np.log10(abs(number["median"]))))) if number["median"] else 0
-    mark = ", busy" if number["spread"] > BUSY else ""
-    return f"{number['median']:,.{min(digits, 2)}f} (±{50 * number['spread']:.0f} %{mark})"
+    return f"{number['median']:,.{min(digits, 2)}f} (±{50 * number['spread']:.0f} %{_mark(number)})"
+
+
+def _mark(number):
+    return ", busy" if number["spread"] > BUSY else ""
 
 
 def _table(columns, rows):
@@ -642,8 +646,10 @@ def _table(columns, rows):
 def _footer(result):
     run = result["run"]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name in ("torch", "transformers", "llama_cpp_python"))
-    lines = ["", f"{result['threads']} thread(s), {run['cpu']}, {run['cores']} cores, Python {run['python']}, {versions}. Median of {run['config']['rounds']} rounds; ± is half the "
-             "distance of the quartiles."]
+    counts = {title: row["values"]["guard"]["n"] for title, row in result.get("compared", {}).items()}
+    fewer = "".join(f", {title} {n}" for title, n in counts.items() if n != run["config"]["rounds"])
+    lines = ["", f"{result['threads']} thread(s), {run['cpu']}, {run['cores']} cores, Python {run['python']}, {versions}. Median of {run['config']['rounds']} rounds{fewer}; ± is half the "
+             "distance of the quartiles, of fewer than four rounds of the extremes."]
     reasons = sorted({f"{name}: {reason}" for row in result.get("compared", {}).values() for name, reason in row.get("not_measured", {}).items()})
     if reasons:
         lines.append(f"Not measured ({'; '.join(reasons)}).")
@@ -673,7 +679,7 @@ def markdown(result):
         return _number(row["values"][name]) if name in row["values"] else "-"
 
     def ratio(row, name):
-        return f"{row['ratios'][name]['median']:.2f}" if name in row["ratios"] else "-"
+        return f"{row['ratios'][name]['median']:.2f}{_mark(row['ratios'][name])}" if name in row["ratios"] else "-"
 
     lines = _table(("", "unit", "guard", "llama.cpp bare", "transformers eager", "compiled", "guard / bare", "guard / eager"), [
         (title, row["unit"], *(cell(row, name) for name in names), ratio(row, "bare"), ratio(row, "transformers"))

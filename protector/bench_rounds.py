@@ -7,17 +7,17 @@ import sys
 
 import numpy as np
 
-BUSY = 0.10  # (third - first quartile) / median above which a number isn't to be trusted
+BUSY = 0.10  # (high - low) / median of described, above which a number isn't to be trusted
 LOADED = 0.5  # load average before the start, of the cores, above which none is
 
 
 def described(values):
-    """Median, quartiles and spread of one number's rounds.
+    """Median, quartiles and spread of one number's rounds; of fewer than four the least and the largest in the quartiles' place.
 
     Example:
-        described([9, 10, 11])  # {"median": 10.0, "low": 9.5, "high": 10.5, "spread": 0.1, "n": 3}
+        described([9, 10, 10, 11])  # {"median": 10.0, "low": 9.75, "high": 10.25, "spread": 0.05, "n": 4}
     """
-    low, median, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
+    low, median, high = (float(value) for value in np.percentile(values, (25, 50, 75) if len(values) >= 4 else (0, 50, 100)))
     return {"median": median, "low": low, "high": high, "spread": (high - low) / median if median else 0.0, "n": len(values)}
 
 

@@ -26,7 +26,8 @@ def impatient(monkeypatch):
 
 def test_median_quartiles_and_spread():
     # 9, 10, 11: the quartiles lie half-way to the neighbours, 9.5 and 10.5, and 1 / 10 is the spread.
-    assert described([11, 9, 10]) == {"median": 10.0, "low": 9.5, "high": 10.5, "spread": 0.1, "n": 3}
+    assert described([11, 10, 9, 10]) == {"median": 10.0, "low": 9.75, "high": 10.25, "spread": 0.05, "n": 4}
+    assert described([11, 9]) == {"median": 10.0, "low": 9.0, "high": 11.0, "spread": 0.2, "n": 2}  # quartiles would hide half of it
     assert described([0.0, 0.0])["spread"] == 0.0
 
 

@@ -6,7 +6,7 @@ from protector.bench_rounds import busy, described, is_loaded
 
 
 def test_a_wide_number_is_found_in_dicts_and_lists():
-    wide = described([8, 10, 12])  # quartiles 9 and 11: a spread of .2
+    wide = described([8, 10, 12])  # a spread of .4
     assert busy({"cells": [{"us": described([10, 10, 10])}, {"us": wide}], "x": wide, "n": 3}) == ["cells, 1, us", "x"]
     assert busy([wide]) == ["0"]
 

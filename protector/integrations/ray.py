@@ -24,7 +24,7 @@ _TRIES = 2  # of a part, and then of each of its rows, before what ended its wor
 
 
 class GuardBatch:
-    """Adds action, flagged, score, text and error to each row of a batch.
+    """Adds action, flagged, score, text and error to each row of a batch, in place of columns of these names.
 
     Args:
         question, answer: names of the columns; a row without a question is scored on its answer alone.
@@ -157,7 +157,7 @@ def guard_files(sources, out, workers=0, rows=256, num_cpus=1, num_gpus=0, **opt
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    job = json.dumps({"sources": [[str(path), os.path.getsize(path)] for path in sources], "rows": rows, "options": repr(sorted(options.items())),
+    job = json.dumps({"sources": [[str(path), file_sha256(path)] for path in sources], "rows": rows, "options": repr(sorted(options.items())),
                       "sha256": [_sha256(options.get(kind), f"{kind}.gguf") for kind in ("detector", "detoxifier")]})
     if (out / "job.json").exists() and (out / "job.json").read_text() != job:
         raise DataError(f"guard_files: {out} must be a new folder or of this job, got another's parts. Choose another folder.")
