@@ -162,6 +162,31 @@ def test_answers_to_one_question_are_one_draw():
     assert metrics.rate([None, 1, 1], ["a", "b", "b"])["low"] == pytest.approx(metrics.wilson(1, 1)[0])
 
 
+def test_groups_whose_shares_are_alike_tell_as_much_as_rows():
+    # Whether the sums are 0 to the last bit or not.
+    for flags, n in (([1, 0], 4), ([1, 0, 0], 6)):
+        assert metrics.rate(flags * 2, ["a"] * len(flags) + ["b"] * len(flags))["low"] == pytest.approx(metrics.wilson(2, n)[0])
+
+
+def test_a_paired_change_by_hand():
+    # b = 1 / 6, c = 2 / 6, d = -1 / 6, half = 1.96 sqrt((3/6 - 1/36) / 6) = 0.5497
+    assert metrics.paired_change([1, 1, 0, 0], [0, 1, 0, 0]) == {"value": -0.25, "low": pytest.approx(-0.7164, abs=1e-3), "high": pytest.approx(0.3831, abs=1e-3)}
+    nothing = metrics.paired_change([1, 0] * 23, [1, 0] * 23)
+    assert nothing["value"] == 0 and nothing["low"] == -nothing["high"] == pytest.approx(-0.0571, abs=1e-3)  # 1.96 sqrt(2 / 48 / 48)
+    assert metrics.paired_change([1, None, 0], [0, 1, None])["value"] == -1 and metrics.paired_change([None], [1])["value"] is None
+    # Ten answers to each question say no more than one.
+    flags = [1, 0, 0, 1, 0, 1, 0, 0, 1, 0], [0] * 10
+    alone, ten = metrics.paired_change(*flags), metrics.paired_change(*(side * 10 for side in flags), list("abcdefghij") * 10)
+    assert ten["high"] - ten["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.07)
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(1000):
+        before = rng.random(80) < 0.2
+        after = np.where(rng.random(80) < 0.1, False, before)  # true change: -.02
+        found = metrics.paired_change(before, after)
+        inside += found["low"] <= -0.02 <= found["high"]
+    assert inside > 930
+
+
 def test_undefined_is_nan_not_a_number_that_looks_good():
     for value in (metrics.auroc([0.1, 0.2], [0, 0]), metrics.auprc([0.1], [0]), metrics.f1_at([0.1], [0], 0.5),
                   metrics.best_f1([0.1], [0])[0], metrics.recall_at_fpr([0.1], [1], 0.1), metrics.auroc([], [])):

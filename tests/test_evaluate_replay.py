@@ -159,7 +159,7 @@ def test_rewrites_of_one_question_are_one_draw_and_the_guard_is_named():
     assert found["detoxifier"]["model"] == "FakeDetoxifier" and found["on_flag"] == "rewrite"
     assert rewrites.evaluate(refused, replay.guard_rows(refused, some), FakeJudge(), None)["detoxifier"] is None
     notes = report.rewrite_tables(record.plain(found))[0]["notes"]
-    assert notes[0] == "Guard: fake.gguf, none, threshold 0.500; rewrites by FakeDetoxifier."
+    assert notes[0] == "Guard: fake.gguf, fake, none; threshold 0.500. Rewrites by FakeDetoxifier."
     assert notes[-1] == "Perplexity under fake base, without adapters: the shipped detoxifier's base, to which greedy text of the same base looks fluent."
 
 

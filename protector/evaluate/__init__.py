@@ -15,6 +15,7 @@
 import sys
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from pathlib import Path
 
 from ..errors import DataError, MissingPackage
 from ..options import ModelOptions, option
@@ -273,7 +274,9 @@ class _Evaluation:
         from . import benchmarks
 
         samples, missing = read
-        yield name.lower(), benchmarks.evaluate(name, self.client(samples), self.guard, samples, missing, self.judge, self.progress,
+        # A table of its own for each model that is asked; the stand-in's has the plain name.
+        stem = name.lower() if self.config.mllm == "stand-in" else f"{name.lower()}-{Path(self.config.mllm_model).stem.lower()}"
+        yield stem, benchmarks.evaluate(name, self.client(samples), self.guard, samples, missing, self.judge, self.progress,
                                                 self.config.workers if self.config.mllm == "openai" else 1)
 
     def measure_mm_safetybench(self):

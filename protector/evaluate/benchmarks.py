@@ -302,12 +302,12 @@ def tables(records):
 
     Returns:
         {"scenarios": {scenario: {kind: cell}}, "harm": {kind: cell}, "policy": {kind: cell}}; a cell holds the rates before and
-        after, by keywords too, and how many images were rendered.
+        after of the questions that have both, their change, the rates by keywords, and how many images were rendered.
     """
     def cell(part):
         asked = [record for record in part if "action" in record]
-        return {"n": len(part), "before": metrics.rate([record["before"] for record in part]),
-                "after": metrics.rate([record["after"] for record in part]),
+        before, after = zip(*((None, None) if None in (record["before"], record["after"]) else (record["before"], record["after"]) for record in part))
+        return {"n": len(part), "before": metrics.rate(before), "after": metrics.rate(after), "change": metrics.paired_change(before, after),
                 "keywords_before": metrics.rate([not record["refusal_before"] for record in asked]),
                 "keywords_after": metrics.rate([not record["refusal_after"] for record in asked]),
                 "actions": dict(Counter(record["action"] for record in asked)), "rendered": sum(record["rendered"] for record in part),
@@ -331,8 +331,9 @@ def evaluate(name, client, guard, samples, missing, judge, progress=False, worke
     """
     records = run(client, guard, samples, judge, progress, workers)
     asked = [record for record in records if "action" in record]
-    seconds = sum(record["model_s"] for record in asked)
+    timed = [record for record in asked if record["model_s"]]
+    seconds = sum(record["model_s"] for record in timed)
     return {"kind": "benchmark", "benchmark": name, "model": client.name, "detector": described(guard), "on_flag": guard.on_flag,
             "judge": judge.described(), "judge_measured": judge.measured, "keywords_note": KEYWORDS_NOTE, "missing": missing,
-            "added_percent": 100 * sum(record["guard_ms"] for record in asked) / 1e3 / seconds if seconds else None,
-            "interval": "95 % Wilson", **tables(records)}
+            "added_percent": 100 * sum(record["guard_ms"] for record in timed) / 1e3 / seconds if timed else None, "n_timed": len(timed),
+            "errors": sum(record["action"] == "error" for record in asked), "interval": "rates: 95 % Wilson; change: 95 % Bonett-Price", **tables(records)}

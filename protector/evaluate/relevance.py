@@ -42,7 +42,7 @@ def on_topic(questions, answers, embed):
     other = np.array([[a != b for b in questions] for a in questions])
     own, shuffled = np.diag(similar), similar[other]
     bar = float(np.percentile(shuffled, 95))
-    return {"on_topic": metrics.rate(list(own > bar)), "own": float(own.mean()), "shuffled": float(shuffled.mean()), "bar": bar}
+    return {"on_topic": metrics.rate(list(own > bar), list(questions)), "own": float(own.mean()), "shuffled": float(shuffled.mean()), "bar": bar}
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,12 @@ def matching_and_shuffled(rows):
     return matching + shuffled, [1] * len(matching) + [0] * len(shuffled)
 
 
-def quality(verdicts, labels):
-    """How well verdicts tell matching (1) from shuffled (0) pairs: accuracy, and the share of each that passes."""
-    return {"accuracy": metrics.rate([None if verdict is None else verdict == bool(label) for verdict, label in zip(verdicts, labels)]),
+def quality(verdicts, labels, groups=None):
+    """How well verdicts tell matching (1) from shuffled (0) pairs: accuracy, and the share of each that passes.
+
+    groups: question of each pair: it stands in both a matching and a shuffled one.
+    """
+    return {"accuracy": metrics.rate([None if verdict is None else verdict == bool(label) for verdict, label in zip(verdicts, labels)], groups),
             "matching_passed": metrics.rate([verdict for verdict, label in zip(verdicts, labels) if label]),
             "shuffled_passed": metrics.rate([verdict for verdict, label in zip(verdicts, labels) if not label])}
 
@@ -99,7 +102,7 @@ def measured_on(verdicts, rows):
     for source, part in by_source(rows).items():
         pairs, labels = matching_and_shuffled(part)
         if pairs:
-            told[source] = verdicts(pairs), labels
+            told[source] = verdicts(pairs), labels, [question for question, _ in pairs]
     if not told:
         return None
     return {"all": quality(*(sum(lists, []) for lists in zip(*told.values()))), **{source: quality(*part) for source, part in told.items()}}

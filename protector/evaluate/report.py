@@ -7,6 +7,7 @@ from . import plots, record
 from .judge import accuracy_text
 
 SMALL = 20  # rows; sources below are left out of tables, and the table says so
+FEW = 5  # harmful answers, below which F1 and recall are a handful of outcomes, and a bootstrap of them says nothing
 
 
 def share(value, missing=True, digits=1):
@@ -55,16 +56,28 @@ def _models_left_out(sources):
     return [f"Models left out with fewer than {SMALL} answers each: {', '.join(told)}; their numbers are in the JSON."] if told else []
 
 
+def _guard(result):
+    """Which guard a result is of, in a sentence, and what it failed on."""
+    named, errors = result.get("detector"), result.get("errors")
+    if not named:
+        return ""
+    text = f"Guard: {named['model']}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}."
+    return text + (f" **It failed on {errors} answers**, which its error policy answered." if errors else "")
+
+
 def detector_tables(result):
-    named, large, words = result["detector"], _large(result["sources"]), result["bag_of_words"]["sources"]
+    large, words = _large(result["sources"]), result["bag_of_words"]["sources"]
     rows = [[source, f"{part['n']} ({part['harmful']})", number(part["auroc"]), number({"value": words[source]["auroc"]}),
-             number(part["auprc"]), number(part["f1"]), number({"value": part["f1_always_harmful"]}), number(part["recall_at_1%_fpr"]),
-             number(part["recall_at_5%_fpr"]), number(words[source].get("recall_at_5%_fpr")), number(part["ece"])]
+             *(number(value) if part["harmful"] >= FEW else "–" for value in (
+                 part["auprc"], part["f1"], {"value": part["f1_always_harmful"]}, part["recall_at_1%_fpr"], part["recall_at_5%_fpr"],
+                 words[source].get("recall_at_5%_fpr"))), number(part["ece"])]
             for source, part in large.items()]
-    at = [[source, share(part["recall"]), share(part["false_positives"]), number({"value": part["best_f1"]["value"]}),
-           number({"value": words[source]["f1"]})] for source, part in large.items()]
-    notes = [f"{named['model']}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}. "
-             f"Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them.", *_left_out(result["sources"])]
+    at = [[source, share(part["recall"]), share(part["false_positives"]),
+           *(number({"value": value}) if part["harmful"] >= FEW else "–" for value in (part["best_f1"]["value"], words[source]["f1"]))]
+          for source, part in large.items()]
+    few = [source for source, part in large.items() if 0 < part["harmful"] < FEW]
+    notes = [f"{_guard(result)} Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them.",
+             *([f"Without F1 and recall, of fewer than {FEW} harmful answers: {', '.join(few)}."] if few else []), *_left_out(result["sources"])]
     edges = [(i / 10, (i + 1) / 10) for i in range(10)]
     bins = [[source, *(next((f"{row['share']:.2f} ({row['n']})" for row in part["reliability"] if round(10 * row["low"]) == i), "–")
                        for i in range(10))] for source, part in large.items()]
@@ -105,24 +118,28 @@ def _beside_published(sources, columns):
     return [], []
 
 
+def _points(change):
+    """A change as text: "-12.3 points [-20.1, -4.0]"."""
+    if change["value"] is None:
+        return "–"
+    return f"{100 * change['value']:+.1f} points [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
+
+
 def _attack_row(name, part):
-    change = part["change"]
-    points = "–" if change["value"] is None else f"{100 * change['value']:+.1f} points"
-    if change["low"] is not None:
-        points += f" [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
     actions = ", ".join(f"{action} {n}" for action, n in sorted(part["actions"].items()))
-    return [name, share(part["before"]), share(part["after"]), points, actions]
+    return [name, share(part["before"]), share(part["after"]), _points(part["change"]), actions]
 
 
 def replay_tables(result):
     head, tables = ["before", "after", "change", "actions"], []
+    guard = _guard({**result, "errors": sum(part["human"]["errors"] for part in result["sources"].values())})
     human = _large({source: part["human"] for source, part in result["sources"].items()})
     by_judge = _large({source: part["judge"] for source, part in result["sources"].items()})
     for who, parts, note in (("human labels", human, f"Labels: {result['human_note']}."),
                              ("the judge", by_judge, "Labels: the judge alone, before and after.")):
         tables.append({"title": f"Attack success in replay, by {who}", "head": ["source", *head],
                        "rows": [_attack_row(source, part) for source, part in parts.items()],
-                       "notes": [note, f"Judge: {result['judge']}.", f"Intervals: {result['interval']}.",
+                       "notes": [guard, note, f"Judge: {result['judge']}.", f"Intervals: {result['interval']}.",
                                  *_left_out({source: part["human"] for source, part in result["sources"].items()})]})
     without_table = {}
     for source, models in result["models"].items():
@@ -151,9 +168,8 @@ def rewrite_tables(result):
             ["with a refusal phrase", share(result["refusals"])]]
     notes = [f"Judge: {result['judge']}."]
     if result.get("detector"):
-        wrote = f"; rewrites by {result['detoxifier']['model']}" if result["detoxifier"] else ""
-        notes.insert(0, f"Guard: {result['detector']['model']}, {result['detector']['quantisation']}, threshold "
-                        f"{result['detector']['thresholds']['pair']:.3f}{wrote}.")
+        wrote = f" Rewrites by {result['detoxifier']['model']}." if result["detoxifier"] else ""
+        notes.insert(0, _guard(result) + wrote)
     on_own = result.get("judge_on_own")
     if on_own:
         rows.insert(4, ["the same judge: harmless answers of this project's own judged harmful", share(on_own["harmless_called_harmful"])])
@@ -202,7 +218,8 @@ def utility_tables(result):
         return [name, share(part["flagged"]), share(part["changed"]), f"{part['ms']['median']:.0f} ({part['ms']['p95']:.0f})",
                 f"{number(added, 0)} %" if added else "–"]
 
-    notes = [f"Added time against {result['time_against']}."] if result["time_against"] else []
+    notes = [_guard({**result, "errors": sum(part["errors"]["k"] for part in result["sources"].values())})]
+    notes += [f"Added time against {result['time_against']}."] if result["time_against"] else []
     notes.append("Changed must equal flagged: nothing else is ever touched. Intervals: rates 95 % Wilson, time 95 % bootstrap.")
     return [{"title": f"Utility on harmless answers, by {name}", "head": [name, *head],
              "rows": [row(key, part) for key, part in _large(result[f"{name}s"]).items()], "notes": [*notes, *_left_out(result[f"{name}s"])]}
@@ -221,25 +238,26 @@ _POLICY = {"MM-SafetyBench": ("08, 10-13", "legal, financial, health, campaign a
 
 def benchmark_tables(result):
     names = {"harm": "harm (01-07, 09)" if result["benchmark"].startswith("MM") else "harm", "policy": "policy scenarios"}
-    rows = [[names[group], kind, share(cell["before"]), share(cell["after"]), str(cell["rendered"])]
-            for group in names for kind, cell in result[group].items()]
+    rows = [[names[group], kind, share(cell["before"]), share(cell["after"]), _points(cell["change"]), share(cell["keywords_before"], False),
+             share(cell["keywords_after"], False), str(cell["rendered"])] for group in names for kind, cell in result[group].items()]
     each = [[scenario, kind, share(cell["before"]), share(cell["after"]), share(cell["keywords_before"], False),
              share(cell["keywords_after"], False), str(cell["rendered"])]
             for scenario, kinds in result["scenarios"].items() for kind, cell in kinds.items()]
-    notes = [f"Model: {result['model']}. Judge: {result['judge']}. Intervals: {result['interval']}."]
+    keywords = f"Keywords misjudge: {result['keywords_note']}."
+    notes = [_guard(result), f"Model: {result['model']}. Judge: {result['judge']}. Intervals: {result['interval']}.", keywords]
     if result["benchmark"] in _POLICY:
         which, about = _POLICY[result["benchmark"]]
         notes.append(f"Policy scenarios ({which}) forbid plain {about} advice: a harm detector has no reason to flag it.")
     if result.get("added_percent") is not None:
-        notes.append(f"Guarding took {result['added_percent']:.0f} % of the time that the model took to answer.")
+        notes.append(f"Guarding took {result['added_percent']:.0f} % of the time that the model took to answer, n {result['n_timed']}.")
     if result["missing"]:
         more = len(result["missing"]) - 6
         notes.append("Missing: " + "; ".join(line.partition(" (")[0] for line in result["missing"][:6]) + (f"; and {more} more" if more > 0 else "") + ".")
-    return [{"title": f"Attack success: {result['benchmark']}", "head": ["scenarios", "kind", "before", "after", "images rendered here"],
+    return [{"title": f"Attack success: {result['benchmark']}", "head": ["scenarios", "kind", "before", "after", "change", "keywords, before", "keywords, after", "rendered here"],
              "rows": rows, "notes": notes},
             {"title": f"{result['benchmark']} by scenario",
              "head": ["scenario", "kind", "before", "after", "keywords, before", "keywords, after", "rendered here"], "rows": each,
-             "notes": [f"Judge: {result['judge']}.", f"Keywords misjudge: {result['keywords_note']}."]}]
+             "notes": [f"Judge: {result['judge']}.", keywords]}]
 
 
 def likelihood_tables(result):
@@ -298,16 +316,16 @@ def figures_of(name, result):
         human = _large({source: part["human"] for source, part in result["sources"].items()})
         rows = [(source, part["before"], part["after"]) for source, part in human.items()]
         if rows:
-            figures[f"{name}-attacks"] = ("Harmful answers shown, before and after, by human labels", plots.before_after(rows))
+            figures[f"{name}-attacks"] = (f"Harmful answers shown, before and after, by human labels; rewrites by {result['judge']}", plots.before_after(rows))
         for source, models in result["models"].items():
             human = _large({model: part["human"] for model, part in models.items()})
             rows = [(model, part["before"], part["after"]) for model, part in human.items()]
             if rows:
-                figures[f"{name}-models-{_slug(source)}"] = (f"Real models, {source}", plots.before_after(rows))
+                figures[f"{name}-models-{_slug(source)}"] = (f"Real models, {source}; rewrites by {result['judge']}", plots.before_after(rows))
     elif kind == "benchmark":
         rows = [(f"{group}, {image}", cell["before"], cell["after"])
                 for group in ("harm", "policy") for image, cell in result[group].items()]
-        figures[f"{name}-attacks"] = (f"{result['benchmark']}: attacks that worked", plots.before_after(rows))
+        figures[f"{name}-attacks"] = (f"{result['benchmark']}: attacks that worked, by {result['judge']}", plots.before_after(rows))
     elif kind == "likelihood":
         figures[f"{name}-curves"] = ("Mean loss along the answer", plots.curves(result["conditions"]))
     return figures
@@ -430,10 +448,10 @@ def html(results):
                         f'<p class=notes>{escape(" ".join(table["notes"]))}</p>')
     tiles = "".join(f"<div class=tile><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in _tiles(results))
     nav = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title in titles)
-    run = next((result["run"] for result in results.values() if result.get("run")), {})
-    foot = " · ".join(filter(None, [run.get("cpu"), f"{run['cores']} cores" if run.get("cores") else "",
-                                    f"commit {run['commit'][:12]}" if run.get("commit") else "",
-                                    ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())]))
+    runs = [result["run"] for result in results.values() if result.get("run")]  # of several commits or machines, maybe: all are named
+    foot = " · ".join(dict.fromkeys(filter(None, (said for run in runs for said in (
+        run.get("cpu"), f"{run['cores']} cores" if run.get("cores") else "", f"commit {run['commit'][:12]}" if run.get("commit") else "",
+        ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()))))))
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width,initial-scale=1\">"
             f"<title>MLLM-Protector: evaluation</title><style>{_STYLE}</style><main><h1>What the guard changes</h1>"
             "<p class=lead>Answers of multimodal models before and after MLLM-Protector: attacks that still work, what harmless answers "
