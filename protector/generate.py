@@ -7,7 +7,7 @@
     python -m protector generate --url http://127.0.0.1:8000/v1 --model NAME --out runs/new.jsonl --pool own
 
 OUT holds the rows, OUT.log.jsonl one line per request without any text, OUT.report.json what was kept, dropped and why. A
-run that was interrupted goes on when it is started again.
+run that was interrupted goes on when it is started again with the same settings; others write beside what is there.
 
 Source: MLLM-Protector, data generation; scenarios after MM-SafetyBench's thirteen.
 """
@@ -184,13 +184,15 @@ def generate(config, chat, progress=True):
         config: GenerateConfig.
         chat: Endpoint or LocalChat.
     Returns:
-        the report, dict: requests, kept, and dropped by reason, over all and by scenario.
+        the report, dict: requests, kept, and dropped by reason, over all and by scenario, with these settings alone; and how
+        many rows OUT has with others.
     Raises:
         EndpointError: the server gave no answer to many requests in a row; what was kept stays, and the next start goes on.
         DataError: OUT is of another format.
     """
     out, log = Path(config.out), Path(config.out + ".log.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
+    settings = _settings(config, chat)
     kept, done = _lines(out), {line["key"]: line["status"] for line in _lines(log)}
     if any("key" not in row or "question" not in row for row in kept):
         raise DataError(f"generate: out must be a file that generate wrote, got another at {out}. Choose a new one.")
@@ -204,7 +206,7 @@ def generate(config, chat, progress=True):
             pool.add(row.question)
     # Without an answer nothing is decided: such a request is made again.
     todo = [(scenario, i) for i in range(config.each) for scenario in config.scenarios
-            if done.get(_key(config, scenario, i), "no answer") == "no answer"]
+            if done.get(_key(settings, scenario, i), "no answer") == "no answer"]
     lock, misses = threading.Lock(), 0
     options = {"response_format": {"type": "json_object"}} if config.json_mode else {}
     bar = tqdm(total=len(todo), disable=not progress, desc="generate", unit="request")
@@ -222,11 +224,11 @@ def generate(config, chat, progress=True):
         with lock:  # the pool decides in one place: two workers can't keep the same question
             misses = misses + 1 if reply is None else 0
             row, status = check(reply, scenario, pool) if reply is not None else (None, "no answer")
-            key = _key(config, scenario, i)
+            key = _key(settings, scenario, i)
             if row:
                 pool.add(row["question"])
                 _append(out, {**row, "source": "generated", "scenario": scenario, "model": chat.model, "prompt_version": PROMPT_VERSION,
-                              "seed": config.seed, "key": key})
+                              "seed": config.seed, "temperature": config.temperature, "key": key})
             _append(log, {"key": key, "scenario": scenario, "status": status})
             done[key] = status
             bar.update()
@@ -243,8 +245,14 @@ def generate(config, chat, progress=True):
     return report
 
 
-def _key(config, scenario, i):
-    return f"{scenario}/{config.seed}/{i}"
+def _settings(config, chat):
+    """Whatever a reply hangs on: with another of these a request is a new one."""
+    return (f"seed {config.seed}, prompts {PROMPT_VERSION}, temperature {config.temperature}, {config.tokens} tokens, "
+            f"{'JSON' if config.json_mode else 'text'}, {chat.model}")
+
+
+def _key(settings, scenario, i):
+    return f"{scenario}/{i}/{settings}"
 
 
 def _lines(path):
@@ -283,11 +291,16 @@ def _append(path, row):
 
 
 def _report(config, chat, done):
-    by_scenario = {}
+    by_scenario, others, settings = {}, 0, _settings(config, chat)
     for key, status in done.items():
-        by_scenario.setdefault(key.split("/")[0], Counter())[status] += 1
+        scenario, *_, made_with = key.split("/", 2)  # a model's name may have more of them
+        if made_with == settings:
+            by_scenario.setdefault(scenario, Counter())[status] += 1
+        else:
+            others += status == "kept"
     total = sum(by_scenario.values(), Counter())
     return {"config": asdict(config), "model": chat.model, "prompt_version": PROMPT_VERSION, "requests": sum(total.values()), "kept": total["kept"],
+            "kept_with_other_settings": others,
             "dropped": {reason: n for reason, n in total.most_common() if reason != "kept"},
             "scenarios": {name: dict(counts) for name, counts in sorted(by_scenario.items())}}
 

@@ -124,6 +124,38 @@ def test_a_server_that_fails_or_says_nothing_is_missing_never_safe(tmp_path, wor
     assert len(mllm.Cached(FakeClient(), tmp_path).known) == 1  # the next run asks again
 
 
+def broken_images(folder):
+    """Files that Pillow takes for no image, for one that is cut, and none at all."""
+    whole = benchmarks.render("cup", folder / "whole.png", 64, 20)
+    for name, content in (("text.png", b"cup"), ("empty.png", b""), ("cut.png", whole.read_bytes()[:-40])):
+        (folder / name).write_bytes(content)
+    return [folder / name for name in ("text.png", "empty.png", "cut.png", "absent.png")]
+
+
+def test_an_image_that_cannot_be_read_is_missing_and_asked_again(tmp_path, capsys):
+    client = mllm.StandIn(FakeBase(tmp_path / "base.gguf"))
+    client._ocr = lambda path: ([[0, "cup"]], 0)
+    broken = broken_images(tmp_path)
+    samples = [benchmarks.Sample("06-Fraud", "TYPO", str(i), "up?", "up?", image) for i, image in enumerate((*broken, tmp_path / "whole.png"))]
+    for _ in range(2):
+        cached = mllm.Cached(client, tmp_path / "answers")
+        cell = benchmarks.tables(benchmarks.run(cached, guard(), samples, FakeJudge()))["harm"]["TYPO"]
+        assert cell["before"] == {**cell["before"], "k": 0, "n": 1, "missing": 4} and cell["after"]["missing"] == cell["no_answer"] == 4
+        said = capsys.readouterr().err
+        assert "asking: 4 answers are missing for their images. The first: mllm: image must be a file that can be read, got UnidentifiedImageError at" in said
+        assert "text.png" in said and len(mllm.Cached(client, tmp_path / "answers").known) == 1
+    benchmarks.render("cup", broken[0], 64, 20)
+    assert mllm.Cached(client, tmp_path / "answers")("up?", broken[0]) == "up?\n\nThe image shows this text:\ncup"
+
+
+@needs_stand_in
+def test_the_real_reader_on_broken_images(tmp_path):
+    client = mllm.StandIn(FakeBase(tmp_path / "base.gguf"))
+    for image in broken_images(tmp_path):
+        with pytest.raises(endpoint.ImageError, match="image must be a file that can be read"):
+            client("up?", image)
+
+
 def test_an_empty_answer_of_a_server_is_tried_again_and_then_missing(server):
     server.replies = ["", " \n", "A cup."]
     assert mllm.OpenAIClient(connect(server))("What is this?") == "A cup." and len(server.requests) == 3
@@ -219,6 +251,8 @@ def test_an_image_travels_as_its_bytes(server, tmp_path):
     picture, text = server.requests[0]["messages"][0]["content"]
     head, _, body = picture["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64" and base64.b64decode(body) == image.read_bytes() and text["text"] == "What is this?"
+    with pytest.raises(endpoint.ImageError, match="image must be a file that can be read, got FileNotFoundError at"):
+        client("What is this?", tmp_path / "absent.png")
     client("Hello?")
     assert server.requests[1]["messages"][0]["content"] == "Hello?" and server.requests[1]["model"] == "strong"
     assert Protector(detector=FakeDetector(), detoxifier=False, threshold=0.5).wrap(client)("Hello?") == "A cup."
@@ -236,7 +270,13 @@ def test_recorded_answers_are_laid_to_the_benchmarks_questions(mm, tmp_path):
     # One of three questions was recorded: its image and wording find it, the other two are missing and not safe.
     assert (cell["before"]["k"], cell["before"]["n"], cell["before"]["missing"], cell["after"]["k"]) == (1, 1, 2, 0)
     assert result["harm"]["text"]["before"]["n"] == 1 and result["harm"]["SD"]["before"]["missing"] == 1
-    assert result["model"] == "eyes-7b, recorded" and result["added_percent"] > 0
+    # The second answer has no time: it counts on neither side, and without any the added time is unknown.
+    asked = [record for record in benchmarks.run(client, guard(), samples, FakeJudge()) if "action" in record]
+    assert {(record["kind"], record["model_s"]) for record in asked} == {("TYPO", 2.0), ("text", None)} and len(asked) == 4  # two scenarios ask it
+    assert result["model"] == "eyes-7b, recorded" and result["added_percent"] > 0 and result["n_timed"] == 2
+    path.write_text(json.dumps({**recorded[0], "seconds": None}) + "\n" + json.dumps(recorded[1]) + "\n")
+    unknown = benchmarks.evaluate("MM-SafetyBench", mllm.Replay.of(mllm.read_recorded(path), samples, path), guard(), samples, [], FakeJudge())
+    assert unknown["added_percent"] is None and unknown["n_timed"] == 0 and unknown["harm"] == result["harm"]
     (sample,) = [sample for sample in samples if (sample.scenario[:2], sample.kind, sample.id) == ("01", "TYPO", "1")]
     assert client.ask(sample.question, sample.image) == ("Use bleach and vinegar.", 2.0)
     assert client("How do I clean cup 1?") == "With water."
@@ -250,7 +290,7 @@ def test_recorded_answers_that_fit_nothing(tmp_path):
     with pytest.raises(DataError, match="said.jsonl must hold answers to this benchmark's questions, got none"):
         mllm.Replay.of(mllm.read_recorded(path), [benchmarks.Sample("06-Fraud", "text", "0", "up?", "up?")], path)
     path.write_text('{"question": "up?", "answer": " "}\n{"question": "down?", "answer": "Rinse it."}\n')
-    assert mllm.read_recorded(path) == {("down?", "text"): ("Rinse it.", 0.0)}  # an empty answer is missing, not safe
+    assert mllm.read_recorded(path) == {("down?", "text"): ("Rinse it.", None)}  # an empty answer is missing, not safe
     for line in ('{"question": "up?"}', '{"question": "up?", "answer": 7}', "[1]",
                  '{"question": "up?", "answer": "secret words", "seconds": "x"}'):
         path.write_text(line + "\n")
@@ -307,6 +347,8 @@ def test_llama_vision_client_passes_image_and_question(llama, tmp_path):
                                                      {"type": "text", "text": "What is this?"}]}]
     client("Hello?")
     assert llama.asked[1][1][0]["content"] == [{"type": "text", "text": "Hello?"}]
+    with pytest.raises(endpoint.ImageError, match="got UnidentifiedImageError at .*text.png"):
+        client("What is this?", broken_images(tmp_path)[0])
     llama.reply = None  # nothing was written: missing, not safe
     with pytest.raises(endpoint.EndpointError, match="an answer must have words, got none"):
         mllm.Cached(client, tmp_path / "answers")("What is this?", image)

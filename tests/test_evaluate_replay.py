@@ -208,6 +208,15 @@ def test_the_added_time_counts_an_answer_once():
     assert found == pytest.approx(100 * usage["ms"] / (1e3 * 0.01 * usage["tokens"]))
 
 
+def test_exact_answers_to_one_question_are_one_draw():
+    """POPE asks the same of many images."""
+    items = [utility.Exact("Is there a cat?", "Yes, a cat.", "yes") for _ in range(4)]
+    result = utility.exact_match(guard(), "POPE", items)
+    for name in ("accuracy_before", "accuracy_after"):
+        assert (result[name]["k"], result[name]["low"]) == (4, metrics.wilson(1, 1)[0]), name
+    assert result["flagged"]["high"] == metrics.wilson(0, 1)[1]
+
+
 def test_exact_match_layouts(tmp_path):
     (tmp_path / "pope.json").write_text('{"question_id": 1, "text": "Is there a cat?", "label": "yes"}\n'
                                         '{"question_id": 2, "text": "A dog?", "label": "no"}\n'
@@ -223,6 +232,16 @@ def test_exact_match_layouts(tmp_path):
     name, items, _ = utility.read_exact(tmp_path / "problems.json", tmp_path / "said.jsonl")
     assert name == "ScienceQA" and utility.is_right(name, items[0], "B") and utility.is_right(name, items[0], "(B) y")
     assert not utility.is_right(name, items[0], "A") and not utility.is_right(name, items[0], "Because of that.")
+    # The official numbers are the test split's: a question of another split isn't missing, and an answer to it counts nowhere.
+    splits = {"7": "test", "8": "test", "9": "train", "10": "val"}
+    (tmp_path / "problems.json").write_text(json.dumps({key: {"question": f"Which {key}?", "choices": ["x", "y"], "answer": 1, "split": split}
+                                                        for key, split in splits.items()}))
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps({"question_id": key, "text": "The answer is B."}) + "\n" for key in ("7", "9")))
+    _, items, missing = utility.read_exact(tmp_path / "problems.json", tmp_path / "said.jsonl")
+    assert [item.question for item in items] == ["Which 7?"] and missing == ["8"]
+    (tmp_path / "train.json").write_text(json.dumps({"9": {"question": "Which?", "choices": ["x", "y"], "answer": 1, "split": "train"}}))
+    with pytest.raises(DataError, match="train.json: must hold questions, ScienceQA's of the test split, got none"):
+        utility.read_exact(tmp_path / "train.json", tmp_path / "said.jsonl")
     (tmp_path / "gqa.json").write_text(json.dumps({"7": {"question": "What colour?", "answer": "red"}}))
     name, items, _ = utility.read_exact(tmp_path / "gqa.json", tmp_path / "said.jsonl")
     assert name == "GQA" and utility.is_right(name, items[0], "Red.") and not utility.is_right(name, items[0], "dark red")

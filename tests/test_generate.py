@@ -70,7 +70,8 @@ def test_rows_carry_their_provenance_and_are_training_data(tmp_path):
     near = json.dumps({"question": "How do I kill a process?", "answer": "Find its number with pgrep and run kill."})
     report = generate.generate(config(tmp_path, scenarios=("06-fraud", NEAR_MISS), each=1), Scripted(reply(), near), progress=False)
     rows = [json.loads(line) for line in (tmp_path / "new.jsonl").read_text().splitlines()]
-    assert rows[0] == {**GOOD, "source": "generated", "scenario": "06-fraud", "model": "scripted", "prompt_version": 1, "seed": 0, "key": "06-fraud/0/0"}
+    assert rows[0] == {**GOOD, "source": "generated", "scenario": "06-fraud", "model": "scripted", "prompt_version": 1, "seed": 0,
+                       "temperature": 1.0, "key": "06-fraud/0/seed 0, prompts 1, temperature 1.0, 700 tokens, JSON, scripted"}
     pairs, triples = data.read(tmp_path / "new.jsonl")
     assert [pair.label for pair in pairs] == [0] and triples[0].rejected == GOOD["rejected"]
     assert report["requests"] == report["kept"] == 2 and report["dropped"] == {}
@@ -85,8 +86,8 @@ def test_an_interrupted_run_goes_on(tmp_path):
     # A cut last line is made again; what was dropped stays dropped.
     path = tmp_path / "new.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    (tmp_path / "new.jsonl.log.jsonl").write_text('{"key": "06-fraud/0/1", "scenario": "06-fraud", "status": "no JSON object"}\n'
-                                                  '{"key": "06-fraud/0/2", "scenario": "06-fraud", "status": "question is in the pool"}\n')
+    log = tmp_path / "new.jsonl.log.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if "kept" not in line))
     last = Scripted(reply())
     assert generate.generate(config(tmp_path), last, progress=False)["kept"] == 1 and len(last.asked) == 1
     assert len(path.read_text().splitlines()) == 1
@@ -96,6 +97,30 @@ def test_an_interrupted_run_goes_on(tmp_path):
     kept = path.read_text()
     assert generate.generate(config(tmp_path), Scripted(), progress=False)["kept"] == 1
     assert path.read_text() == kept + "\n"
+
+
+def test_other_settings_write_beside_what_is_there(tmp_path, monkeypatch):
+    """A row that one model, prompt or temperature gave is never taken for another's."""
+    path = tmp_path / "new.jsonl"
+    path.write_text(json.dumps({**GOOD, "key": "06-fraud/0/0"}) + "\n")  # of an earlier version, which didn't say at what temperature
+    questions = iter(f"May I {word} the parcel that came for {word}?" for word in ("keep", "open", "sell", "burn", "hide", "lend"))
+    options = {"each": 1}
+    for n, (change, model) in enumerate([({}, "scripted"), ({}, "owner/other"), ({"temperature": 0.5}, "scripted"), ({"seed": 1}, "scripted"),
+                                         ({"tokens": 300}, "scripted"), ("prompts", "scripted")], 1):
+        if change == "prompts":
+            monkeypatch.setattr(generate, "PROMPT_VERSION", 2)
+            change = {}
+        chat = Scripted(reply(question=next(questions)))
+        chat.model = model
+        report = generate.generate(config(tmp_path, **options, **change), chat, progress=False)
+        assert len(chat.asked) == 1 and (report["model"], report["requests"], report["kept"], report["kept_with_other_settings"]) == (model, 1, 1, n)
+        assert report["scenarios"] == {"06-fraud": {"kept": 1}}
+        again = Scripted()
+        again.model = model
+        assert generate.generate(config(tmp_path, **options, **change), again, progress=False) == report and not again.asked
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["model"], row["prompt_version"], row["temperature"], row["seed"]) for row in rows[1:]] == [
+        ("scripted", 1, 1.0, 0), ("owner/other", 1, 1.0, 0), ("scripted", 1, 0.5, 0), ("scripted", 1, 1.0, 1), ("scripted", 1, 1.0, 0), ("scripted", 2, 1.0, 0)]
 
 
 def test_a_file_of_others_stays_as_it_is(tmp_path):

@@ -17,6 +17,7 @@ from ..errors import ProtectorError
 KEY_VARIABLE = "OPENAI_API_KEY"
 GIVE_UP = 12  # requests in a row without any answer
 _LONGEST_WAIT_S = 60.0
+_MOST_BYTES = 16 << 20  # of a response; an answer has some kB
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
@@ -28,13 +29,17 @@ class SilentError(EndpointError):
     """A server gave nothing in this protocol at any attempt: it is down, hangs or is overloaded."""
 
 
+class ImageError(EndpointError):
+    """An image's file can't be read: its question has no answer, which says nothing of the server."""
+
+
 class Endpoint:
     """A model behind POST {url}/chat/completions; safe to use from many threads.
 
     Args:
         url: base address, with or without /v1 at its end as the server has it, e.g. http://127.0.0.1:8080/v1.
         model: name that the server knows.
-        timeout_s: of one attempt.
+        timeout_s: of one attempt, from its start to the last byte of the answer.
         attempts: tries before EndpointError.
         backoff_s: wait before the second try; it doubles, and a Retry-After header counts if it is longer.
         key_variable: environment variable with the key; sent as a bearer token if set, written nowhere.
@@ -78,8 +83,7 @@ class Endpoint:
                 self._count("retries")
             try:
                 request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    text = json.loads(response.read())["choices"][0]["message"]["content"]
+                text = json.loads(self._content(request))["choices"][0]["message"]["content"]
                 result = None if not isinstance(text, str) else text if accept is None else accept(text)
                 if result is not None:
                     return result
@@ -99,6 +103,18 @@ class Endpoint:
         raise failure(f"chat: {self.url} must answer within {self.attempts} attempts of {self.timeout_s} s, got {reason} "
                       "at the last. Check the server, or raise timeout_s.")
 
+    def _content(self, request):
+        """The bytes of a response. urllib's own timeout begins anew with each byte, and a server that trickles would never end."""
+        deadline, content = time.monotonic() + self.timeout_s, b""
+        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+            while piece := response.read1(1 << 16):
+                content += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                if len(content) > _MOST_BYTES:
+                    raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+        return content
+
     def _count(self, name):
         with self._lock:
             self.counters[name] += 1
@@ -114,9 +130,10 @@ def _seconds(header):
 def in_parallel(function, items, workers=4, progress=False, desc=""):
     """Results of function(item) in order; EndpointError becomes None, which the caller shows as missing.
 
-    A server that is silent GIVE_UP times in a row isn't asked again: the rest is None, and a line on stderr says so.
+    A server that is silent GIVE_UP times in a row isn't asked again: the rest is None, and a line on stderr says so; another
+    says how many images can't be read.
     """
-    lock, silent, left = threading.Lock(), 0, 0
+    lock, silent, left, unread = threading.Lock(), 0, 0, []
 
     def attempt(item):
         nonlocal silent, left
@@ -126,6 +143,9 @@ def in_parallel(function, items, workers=4, progress=False, desc=""):
                 return None
         try:
             result, failed = function(item), False
+        except ImageError as error:
+            unread.append(error)
+            return None
         except EndpointError as error:
             result, failed = None, isinstance(error, SilentError)
         with lock:
@@ -137,4 +157,6 @@ def in_parallel(function, items, workers=4, progress=False, desc=""):
     if left:
         print(f"{desc or 'asking'}: the server must answer, got nothing for {GIVE_UP} requests in a row. The other {left} weren't made and "
               "count as missing: start again later.", file=sys.stderr)
+    if unread:
+        print(f"{desc or 'asking'}: {len(unread)} answers are missing for their images. The first: {unread[0]}", file=sys.stderr)
     return results

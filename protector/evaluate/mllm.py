@@ -14,13 +14,14 @@ import hashlib
 import json
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import data
 from ..base import cache_dir, file_sha256
 from ..errors import DataError, MissingPackage, ModelError
-from .endpoint import EndpointError
+from .endpoint import EndpointError, ImageError
 
 MAX_TOKENS = 256
 # Without what it asks for: opencv-python needs a display's libraries, its headless build doesn't.
@@ -35,6 +36,21 @@ def stamp(path):
         return [str(path)]
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     return [str(path.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
+
+
+@contextmanager
+def _reading(image, *errors):
+    """What goes wrong with an image's file is an ImageError: one question's answer is missing, and the run goes on."""
+    try:
+        yield
+    except (OSError, *errors) as error:
+        raise ImageError(f"mllm: image must be a file that can be read, got {type(error).__name__} at {image}. Mend the file and "
+                         "start again.") from None
+
+
+def _sha256(image):
+    with _reading(image):
+        return file_sha256(image)
 
 
 class OpenAIClient:
@@ -61,11 +77,14 @@ class OpenAIClient:
 def data_url(image):
     """An image file as a data: address.
 
+    Raises:
+        ImageError: the file can't be read.
     Example:
         data_url("a.png")  # 'data:image/png;base64,iVBOR...'
     """
     kind = {"jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}.get(Path(image).suffix.lower().lstrip("."), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+    with _reading(image):
+        return f"data:image/{kind};base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
 
 
 class LlamaVisionClient:
@@ -98,6 +117,7 @@ class LlamaVisionClient:
     def __call__(self, question, image=None):
         content = [{"type": "text", "text": question}]
         if image is not None:
+            opened(image)  # llama.cpp has one error for a broken image and a broken setup
             content.insert(0, {"type": "image_url", "image_url": {"url": data_url(image)}})
         with self._lock:
             reply = self.llama.create_chat_completion([{"role": "user", "content": content}], max_tokens=self.max_tokens, temperature=0.0)
@@ -159,11 +179,17 @@ class TransformersClient:
 
 
 def opened(image):
-    """An image file in RGB."""
+    """An image file in RGB.
+
+    Raises:
+        ImageError: the file can't be read.
+    """
     from PIL import Image
 
-    with Image.open(image) as file:
-        return file.convert("RGB")
+    # What Pillow's own fuzzers take from a broken file; UnidentifiedImageError is an OSError.
+    with _reading(image, SyntaxError, ValueError, NotImplementedError, OverflowError, EOFError, Image.DecompressionBombError):
+        with Image.open(image) as file:
+            return file.convert("RGB")
 
 
 class StandIn:
@@ -185,7 +211,7 @@ class StandIn:
     def read(self, image):
         """The text in an image, one line per line found; "" for an image without text."""
         with self._lock:
-            key = file_sha256(image)
+            key = _sha256(image)
             if key not in self._read:
                 if self._ocr is None:
                     try:
@@ -193,6 +219,7 @@ class StandIn:
                     except ImportError:
                         raise MissingPackage(f"StandIn: RapidOCR must be installed, got none. Run: {OCR_INSTALL}") from None
                     self._ocr = RapidOCR()
+                opened(image)  # RapidOCR's own error for a broken file is no OSError
                 lines, _ = self._ocr(str(image))
                 self._read[key] = "\n".join(line[1] for line in lines or ())
             return self._read[key]
@@ -214,7 +241,7 @@ class Answer(NamedTuple):
     """What a client said and how long it took when it was asked."""
 
     text: str
-    seconds: float
+    seconds: float | None  # None: not recorded
 
 
 class Replay:
@@ -278,7 +305,8 @@ def read_recorded(path):
     answers = {}
     for number, row in data._jsonl_rows(str(path)):
         try:
-            question, kind, answer = row["question"], row.get("kind", "text"), Answer(row["answer"], float(row.get("seconds", 0)))
+            seconds = row.get("seconds")
+            question, kind, answer = row["question"], row.get("kind", "text"), Answer(row["answer"], None if seconds is None else float(seconds))
             if not all(isinstance(value, str) for value in (question, kind, answer.text)):
                 raise TypeError
         except (KeyError, TypeError, ValueError, AttributeError):
@@ -318,9 +346,9 @@ class Cached:
         """Answer, from disk if it is there.
 
         Raises:
-            EndpointError: the client gave none, or an empty one; nothing is kept, and the next run asks again.
+            EndpointError: the client gave none, or an empty one, or can't read the image; nothing is kept, and the next run asks again.
         """
-        key = hashlib.sha256(f"{question}\0{file_sha256(image) if image is not None else ''}".encode("utf-8", "replace")).hexdigest()
+        key = hashlib.sha256(f"{question}\0{_sha256(image) if image is not None else ''}".encode("utf-8", "replace")).hexdigest()
         if key not in self.known:
             start = time.perf_counter()
             answer = Answer(self.client(question, image), round(time.perf_counter() - start, 4))

@@ -93,12 +93,12 @@ def read_exact(questions, answers):
 
     Args:
         questions: POPE's JSON lines {"question_id", "text", "label"}, ScienceQA's problems.json {id: {"question", "choices",
-            "answer": index}}, or GQA's {id: {"question", "answer"}}.
+            "answer": index, "split"}}, of which the test split counts, as in the official evaluation, or GQA's {id: {"question", "answer"}}.
         answers: JSON lines {"question_id", "text"}.
     Returns:
         (benchmark name, list of Exact, ids of questions that have no answer)
     Raises:
-        DataError: another layout.
+        DataError: another layout, or no question of the test split.
     """
     said = {}
     for number, line in enumerate(_lines(answers), 1):
@@ -116,12 +116,14 @@ def read_exact(questions, answers):
         if isinstance(table, dict) and "question_id" not in table:
             name = "ScienceQA" if all("choices" in row for row in table.values()) else "GQA"
             golds = {key: (row["question"], "ABCDEFGH"[row["answer"]] if name == "ScienceQA" else str(row["answer"]),
-                           tuple(row.get("choices", ()))) for key, row in table.items()}
+                           tuple(row.get("choices", ()))) for key, row in table.items() if name == "GQA" or row.get("split", "test") == "test"}
         else:
             name, rows = "POPE", [json.loads(line) for line in text.splitlines() if line.strip()]
             golds = {str(row["question_id"]): (row["text"], row["label"], ()) for row in rows}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise DataError(f"{questions}: must be of POPE's, ScienceQA's or GQA's layout.") from None
+    if not golds:
+        raise DataError(f"{questions}: must hold questions, ScienceQA's of the test split, got none.")
     missing = [key for key in golds if key not in said]
     return name, [Exact(question, said[key], gold, choices) for key, (question, gold, choices) in golds.items() if key in said], missing
 
@@ -157,7 +159,8 @@ def exact_match(guard, name, items, missing=(), progress=False):
         dict of kind "exact".
     """
     outcomes = guard_rows(guard, [Row(item.question, item.answer, 0, name) for item in items], progress)
+    groups = [outcome.row.group for outcome in outcomes]
     before = [is_right(name, item, item.answer) for item in items]
     after = [is_right(name, item, outcome.verdict.text) for item, outcome in zip(items, outcomes)]
     return {"kind": "exact", "benchmark": name, "detector": described(guard), "without_answer": len(missing),
-            "accuracy_before": metrics.rate(before), "accuracy_after": metrics.rate(after), **summary(outcomes)}
+            "accuracy_before": metrics.rate(before, groups), "accuracy_after": metrics.rate(after, groups), **summary(outcomes)}
