@@ -52,6 +52,13 @@ def test_tables_are_those_of_the_results():
         name for name, text in texts.items() if blocks.fill(text) != text] == [], "python -m protector.evaluate.blocks"
 
 
+def test_plots_are_those_of_the_results():
+    from protector.evaluate import blocks
+
+    drawn = blocks.figures()
+    assert len(drawn) > 4 and [path.name for path, svg in drawn.items() if path.read_text() != svg] == [], "python -m protector.evaluate.blocks"
+
+
 def test_every_file_that_the_readme_names_is_there():
     files = [name for line in README.splitlines() if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
     missing = [name for name in files if "/" in name and not (ROOT / name).exists()]

@@ -5,9 +5,9 @@
     <!-- from protector/weights/detector.gguf -->     its thresholds
     <!-- end -->
 
-    python -m protector.evaluate.blocks      # draws them anew
+    python -m protector.evaluate.blocks      # draws them anew, and the plots in results/figures/
 
-Tests compare every block with its file.
+Tests compare every block and plot with its file.
 """
 import json
 import re
@@ -19,6 +19,7 @@ from . import report, table
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "protector/weights/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FIGURES = ROOT / "results/figures"
 BLOCK = re.compile(r"<!-- from (\S+) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
@@ -39,6 +40,13 @@ def draw(name):
         return _thresholds(path)
     result = json.loads(path.read_text())
     return RENDERERS.get(path.stem + mark + part, _report())(result)
+
+
+def figures():
+    """{path of a plot in results/figures/: its SVG}; it has the name that --report gives it, which begins with its result's."""
+    drawn = {f"{stem}.svg": report.alone(svg) for name in sorted({path.name.partition("-")[0] for path in FIGURES.glob("*.svg")})
+             for stem, (_, svg) in report.figures_of(name, json.loads((ROOT / f"results/{name}.json").read_text())).items()}
+    return {path: drawn[path.name] for path in FIGURES.glob("*.svg")}
 
 
 def _grid(head, rows, *notes):
@@ -209,6 +217,8 @@ RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, 
 def main(paths):
     for path in map(Path, paths or DOCUMENTS):
         path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, svg in figures().items():
+        path.write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

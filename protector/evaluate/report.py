@@ -331,6 +331,11 @@ def figures_of(name, result):
     return figures
 
 
+def alone(svg):
+    """A plot as a file of its own, without the page that names its colours."""
+    return re.sub(r"var\(--\w+, (#\w+)\)", r"\1", svg)
+
+
 def _slug(text):
     return "".join(char if char.isalnum() else "-" for char in text.lower())
 
@@ -476,7 +481,7 @@ def write(results, folder):
     for name, result in results.items():
         for stem, (_, svg) in figures_of(name, result).items():
             # Alone in a file it has no page around it: each colour becomes its fallback.
-            (folder / f"{stem}.svg").write_text(re.sub(r"var\(--\w+, (#\w+)\)", r"\1", svg), encoding="utf-8")
+            (folder / f"{stem}.svg").write_text(alone(svg), encoding="utf-8")
     path = folder / "index.html"
     path.write_text(html(results), encoding="utf-8")
     return path
