@@ -164,6 +164,14 @@ def _shared(result):
     return "\n\n".join([quality, _grid(["", "two models", "one backbone", "one backbone, blocks alone"], costs, note)])
 
 
+def _lookup(result):
+    rows = [[most, f"{found['decodes_of_tokens']:.2f}", report.number(found["speed_up"], 2)] for most, found in result["guesses"].items()]
+    times = ", ".join(f"{size} {bench._number(found)}" for size, found in result["decode_ms"].items())
+    return _grid(["guesses at most", "decodes a token", "times as fast"], rows,
+                 f"{result['rewrites']} rewrites in {result['quantisation']}; intervals: 95 % bootstrap over questions, of the texts. Decodes by their tokens, ms: {times}. "
+                 f"{result['threads']} threads, {_machine(result)}{_busy(result)}")
+
+
 def _stream(result):
     rows = [[name, f"{target['value']:.3g}", f"{target['bound']:g}", ("yes" if target["holds"] else "no") + (", busy" if target.get("busy") else "")]
             for name, target in result["targets"].items()]
@@ -201,17 +209,17 @@ def _head(result):
     return _grid(head, rows, f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}.")
 
 
-def _report(*chosen):
-    """Tables of the report: all, or the chosen ones by number."""
+def _report(*chosen, title=""):
+    """Tables of the report: all, the chosen ones by number, or those whose titles begin so."""
     def render(result):
         tables = report._TABLES[result["kind"]](result)
-        return "\n".join(report.markdown(tables[i]) for i in chosen or range(len(tables)))
+        return "\n".join(report.markdown(tables[i]) for i in chosen or range(len(tables)) if tables[i]["title"].startswith(title))
 
     return render
 
 
-RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "compare": _compare, "shared": _shared, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost,
-             "bench": bench.markdown, "bench_sweep": bench.sweep_markdown, "detectors": _report(0, 1), "detectors#targets": _detector_targets, "rewrites#targets": _rewrite_targets, "replay": _report(0), "utility": _report(0)}
+RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "compare": _compare, "shared": _shared, "lookup": _lookup, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost,
+             "bench": bench.markdown, "bench_sweep": bench.sweep_markdown, "detectors": _report(0, 1), "detectors#targets": _detector_targets, "rewrites#targets": _rewrite_targets, "replay": _report(0), "replay#models": _report(title="Real models in replay: msts_english_multimodal"), "utility": _report(0)}
 
 
 def main(paths):
