@@ -2,6 +2,7 @@
 
     guard         this package as users call it
     bare          llama.cpp alone on the guard's own file, with the same threads: this engine's limit
+    torch         the guard's own backend="torch": on a GPU in bf16, on a CPU in float32, as the reference that it is there
     transformers  what `export --format hf` writes, adapters merged, in plain transformers; bf16 where that is faster
     compiled      the same through torch.compile
 
@@ -220,6 +221,7 @@ class Plain:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         from .export import export
+        from .models import load
         from .train import bf16_is_faster
 
         torch.set_num_threads(threads)
@@ -230,6 +232,7 @@ class Plain:
         export(detoxifier, Path(folder) / "detoxifier", "hf")
         self.classifier = AutoModelForSequenceClassification.from_pretrained(self.folder, dtype=self.dtype).to(self.device).eval()
         self.lm = AutoModelForCausalLM.from_pretrained(Path(folder) / "detoxifier", dtype=self.dtype).to(self.device).eval()
+        self.backend = load(detector)  # which Protector(backend="torch") runs
         self.compiled = torch.compile(self.classifier, dynamic=False)  # the strongest: one compilation for each length
 
     def score(self, ids, model=None):
@@ -327,6 +330,7 @@ def _prefill(detector, plain, n, rounds, sizes, missing, threads):
     (ids, start), bare = _ids(detector, n), Bare(detector.context.weights, threads)
     functions = {"guard": rate(n, lambda: detector.running_logits([ids], [start])), "bare": rate(n, lambda: bare.read(ids))}
     if plain:
+        functions["torch"] = rate(n, lambda: plain.backend.running_logits([ids], [start]))  # on the CPU when it returns
         functions["transformers"] = rate(n, lambda: plain.score(ids))
         missing = {"compiled": "left out of a quick run"}
         if sizes.compiled:
@@ -673,7 +677,7 @@ def _limits(machine):
 
 def markdown(result):
     """The tables of a comparison, as README.md shows them."""
-    names = ("guard", "bare", "transformers", "compiled")
+    names = ("guard", "bare", "torch", "transformers", "compiled")
 
     def cell(row, name):
         return _number(row["values"][name]) if name in row["values"] else "-"
@@ -681,7 +685,7 @@ def markdown(result):
     def ratio(row, name):
         return f"{row['ratios'][name]['median']:.2f}{_mark(row['ratios'][name])}" if name in row["ratios"] else "-"
 
-    lines = _table(("", "unit", "guard", "llama.cpp bare", "transformers eager", "compiled", "guard / bare", "guard / eager"), [
+    lines = _table(("", "unit", "guard", "llama.cpp bare", "PyTorch backend", "transformers eager", "compiled", "guard / bare", "guard / eager"), [
         (title, row["unit"], *(cell(row, name) for name in names), ratio(row, "bare"), ratio(row, "transformers"))
         for title, row in result["compared"].items()])
     if result.get("machine"):  # none without torch

@@ -138,7 +138,7 @@ def test_why_a_compiler_failed_is_kept(impatient, monkeypatch):
             return []
 
     class Plain:
-        compiled = "compiled"
+        compiled, backend = "compiled", Model()
 
         def score(self, ids, model=None):
             if model is not None:
@@ -148,7 +148,7 @@ def test_why_a_compiler_failed_is_kept(impatient, monkeypatch):
     monkeypatch.setattr(bench, "Bare", lambda weights, n_threads: SimpleNamespace(read=lambda ids: None))
     row = bench._prefill(Model(), Plain(), 4, 2, bench.Sizes(), {}, 1)
     assert row["not_measured"] == {"compiled": "torch.compile failed with RuntimeError: no compiler: c++ is missing"}
-    assert row["values"].keys() == {"guard", "bare", "transformers"}
+    assert row["values"].keys() == {"guard", "bare", "torch", "transformers"}
 
 
 def test_a_machines_limit_is_the_faster_product(monkeypatch):
@@ -162,14 +162,15 @@ def test_a_machines_limit_is_the_faster_product(monkeypatch):
 
     monkeypatch.setattr(bench, "in_turns", in_turns)
     number = {"guard": {"median": 10.0}}
-    result = {"compared": {"detector, 32 tokens": {"values": number}, "rewriting, token by token": {"values": number}},
-              "models": {"detector": {"parameters_of_blocks": 6}, "detoxifier": {"bytes": 3}}}
+    result = {"compared": {"detector, 32 tokens": {"values": number}, "rewriting, token by token": {"values": number},
+                           "detector, token by token": {"values": number}},
+              "models": {"detector": {"parameters_of_blocks": 6, "bytes": 4}, "detoxifier": {"bytes": 3}}}
     plain = SimpleNamespace(torch=torch, device=torch.device("cpu"), dtype=torch.bfloat16)
     machine = bench._machine(plain, bench.QUICK, 2, result)
     assert asked == [{"float32": True, "bfloat16": True, "copy": True}]
     assert (machine["device"], machine["matmul_type"], machine["matmul_flop_per_s"]["median"]) == ("cpu", "bfloat16", 400.0)
-    # 2 operations x 6 weights x 10 tokens/s of 400; 3 bytes x 10 tokens/s of 50
-    assert machine["shares"] == {"detector, 32 tokens, of the matrix product": 0.3, "rewriting, of the copy": 0.6}
+    # 2 operations x 6 weights x 10 tokens/s of 400; 3 and 4 bytes x 10 tokens/s of 50
+    assert machine["shares"] == {"detector, 32 tokens, of the matrix product": 0.3, "rewriting, of the copy": 0.6, "detector, token by token, of the copy": 0.8}
     plain.dtype = torch.float32  # bf16 is emulated there
     monkeypatch.setattr(bench, "in_turns", lambda functions, rounds: {name: [1.0] * rounds for name in functions})
     assert bench._machine(plain, bench.QUICK, 2, result)["matmuls_flop_per_s"].keys() == {"float32"}
@@ -241,7 +242,7 @@ def test_targets_say_what_was_missed():
 
 def test_the_readme_table_comes_from_the_result():
     text = blocks.RENDERERS["bench"](json.loads(json.dumps(made_up())))
-    assert "| detector, 128 tokens | tokens/s | 950 (±0 %) | 1,000 (±0 %) | 500 (±0 %) | - | 0.95 | 1.90 |" in text
+    assert "| detector, 128 tokens | tokens/s | 950 (±0 %) | 1,000 (±0 %) | - | 500 (±0 %) | - | 0.95 | 1.90 |" in text
     assert "costs 15.0 (±0 %) % more" in text and "| wait at a stream's end, generation steps | at most 2 | 2.50 | **missed** |" in text
     assert "| detector, 512 tokens: share of llama.cpp bare | at least 0.9 | 0.80 | **missed** |" in text
     assert "2 thread(s), Some CPU, 2 cores, Python 3.11, torch 2.13.0. Median of 9 rounds" in text
