@@ -13,7 +13,7 @@ def test_rounds_have_a_median_and_a_spread():
     times = iter([100, 100, 8, 10, 10, 10, 12, 10])  # one call each to size the rounds, then three rounds of both
     found = bench_head.in_turns({"a": None, "b": None}, 3, 0, clock=lambda function, calls: next(times))
     assert bench_head.medians(found) == {"a": 10.0, "b": 10.0}
-    assert (found["a"]["spread"], found["b"]["spread"]) == (0.2, 0.0)  # quartiles 9 and 11 about 10
+    assert (found["a"]["spread"], found["b"]["spread"]) == (0.4, 0.0)  # 8 and 12 about 10
     assert bench_head.judged(True, {"rounds_us": {"b": found["b"]}}) == {"met": True, "busy": False}
     assert bench_head.judged(False, {"rounds_us": {"b": found["b"]}}, {"rounds_us": found}) == {"met": False, "busy": True}
 
