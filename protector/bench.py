@@ -364,8 +364,7 @@ def _streaming(detector, plain, n, rounds, missing, threads):
 def _rewriting(detoxifier, plain, n, rounds, missing, threads):
     """Speed of writing, and the wait for the first token, on harmful answers of this project's corpus."""
     template, triples = detoxifier.template, data.read("own")[1]
-    prompts = [template.detoxifier_prompt(template.clip_question(row.question)[0], template.encode(row.rejected)[:detoxifier.limits.rejected_tokens])
-               for row in data.spread(triples, n)]
+    prompts = [template.rewrite_prompt(row.question, row.rejected) for row in data.spread(triples, n)]
     bare = Bare(detoxifier.context.weights, threads, _adapter(detoxifier))
 
     def ours(prompt):

@@ -7,7 +7,6 @@ compute-sanitizer; then microseconds and GB/s against eager PyTorch, torch.compi
 
 Nothing else may run meanwhile: a ratio taken beside another process is not one.
 """
-import argparse
 import dataclasses
 import json
 import os
@@ -27,7 +26,7 @@ from protector import _native
 from protector.bench_rounds import busy, described, is_loaded, load_before, warn
 from protector.evaluate import record
 from protector.head import harm_score, harm_score_ref
-from protector.options import add_options, config_from
+from protector.options import parsed
 
 BIAS, EPS = -0.3, 1e-5
 WIDTHS = (1, 8, 31, 64, 576, 1000, 4096, 4097)  # ugly ones among them: tails, unaligned rows, one warp or four
@@ -368,10 +367,7 @@ def machine():
 
 
 def options_from(arguments):
-    parser = argparse.ArgumentParser(prog="python -m protector.bench_head", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, Options)
-    return config_from(parser.parse_args(arguments), Options)
+    return parsed(Options, "protector.bench_head", __doc__, arguments)
 
 
 def main(arguments=None):

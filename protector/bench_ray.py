@@ -6,7 +6,6 @@
 
 Rows are scored and never rewritten. Each call guards all of them; a ratio is the median of the rounds' own ratios.
 """
-import argparse
 import json
 import tempfile
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from .bench_rounds import busy, described, load_before, warn
 from .evaluate import record
 from .integrations.ray import guard_files
 from .llama import cpu_threads
-from .options import add_options, config_from
+from .options import parsed
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,7 @@ def run(config):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m protector.bench_ray", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, RayBenchConfig)
-    print(json.dumps(record.plain(run(config_from(parser.parse_args(argv), RayBenchConfig))), indent=1))
+    print(json.dumps(record.plain(run(parsed(RayBenchConfig, "protector.bench_ray", __doc__, argv))), indent=1))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@
 
 What is compared takes turns in every round, and a ratio is the median of the rounds' own ratios.
 """
-import argparse
 import gc
 import json
 import os
@@ -29,7 +28,7 @@ from .engine import llama_cpp
 from .evaluate import record
 from .guard import Protector
 from .llama import _Weights, cpu_threads
-from .options import add_options, config_from
+from .options import parsed
 from .selftest import FILLER
 from .stream import STEP_TOKENS, StreamGuard
 
@@ -210,9 +209,7 @@ def resident_bytes():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m protector.bench_stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, StreamBenchConfig)
-    run(config_from(parser.parse_args(argv), StreamBenchConfig))
+    run(parsed(StreamBenchConfig, "protector.bench_stream", __doc__, argv))
 
 
 if __name__ == "__main__":

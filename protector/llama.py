@@ -338,7 +338,7 @@ class LlamaDetector:
         self.model_sha256, self.calibration = self.metadata.model_sha256, self.metadata.calibration
         room = _STREAMS * self.longest  # not self in the function: a cycle would keep the memory until a collection
         self._streams = _Streams(lambda: _Context(weights, adapter, room, True, n_threads, _PLACES))
-        room = -(-self.longest // _BATCH_TOKENS) * _BATCH_TOKENS  # for a group of _groups, and for _tiled's padding
+        room = math.ceil(self.longest / _BATCH_TOKENS) * _BATCH_TOKENS  # for a group of _groups, and for _tiled's padding
         self.context = _Context(weights, adapter, room, True, n_threads, _SEQUENCES + 1, in_tiles=True)
         if self.context.n_embd != len(self.metadata.head_weight):
             raise ModelError(f"load: {path} must have a head of {self.context.n_embd} weights, got "

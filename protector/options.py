@@ -54,6 +54,13 @@ def config_from(arguments, config):
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+def parsed(config, prog, description, argv=None):
+    """The configuration that a module's own command line gives; the description is its docstring, as it stands."""
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, config)
+    return config_from(parser.parse_args(argv), config)
+
+
 def protector_from(config):
     """Protector of ModelOptions with on_flag, on_error and deadline_ms beside them; a deadline of 0 is none."""
     from .guard import Protector

@@ -125,6 +125,10 @@ class Template:
         prefix = self.prefix(question_ids, history)
         return prefix + list(answer_ids), len(prefix)
 
+    def rewrite_prompt(self, question, rejected):
+        """detoxifier_prompt of two texts, each cut to its limit."""
+        return self.detoxifier_prompt(self.clip_question(question)[0], self.encode(rejected)[:self.limits.rejected_tokens])
+
     def detoxifier_prompt(self, question_ids, rejected_ids):
         """Ids after which the detoxifier writes; rejected_ids are cut to `limits.rejected_tokens` by the caller."""
         return self.prefix(question_ids) + list(rejected_ids) + self._close + self._open["rewrite"]

@@ -123,8 +123,7 @@ def detoxifier_examples(rows, template):
     """One example per triple: prompt without loss, then the accepted answer and its end mark."""
     limits, examples = template.limits, []
     for row in rows:
-        question_ids, _ = template.clip_question(row.question)
-        prompt = template.detoxifier_prompt(question_ids, template.encode(row.rejected)[:limits.rejected_tokens])
+        prompt = template.rewrite_prompt(row.question, row.rejected)
         accepted = template.encode(row.accepted)
         if 0 < len(accepted) <= limits.rewrite_tokens:  # a cut rewrite would teach to stop in mid-sentence
             examples.append({"ids": prompt + accepted + [template.end], "start": len(prompt)})

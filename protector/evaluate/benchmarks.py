@@ -306,7 +306,8 @@ def tables(records):
     """
     def cell(part):
         asked = [record for record in part if "action" in record]
-        before, after = zip(*((None, None) if None in (record["before"], record["after"]) else (record["before"], record["after"]) for record in part))
+        both = [(record["before"], record["after"]) for record in part]
+        before, after = zip(*((None, None) if None in pair else pair for pair in both))
         return {"n": len(part), "before": metrics.rate(before), "after": metrics.rate(after), "change": metrics.paired_change(before, after),
                 "keywords_before": metrics.rate([not record["refusal_before"] for record in asked]),
                 "keywords_after": metrics.rate([not record["refusal_after"] for record in asked]),

@@ -7,7 +7,6 @@ second view add theirs. Per source the AUROC, and its difference from the first 
 draw of questions, so that a difference is seen which two separate intervals would hide. With harmless answers also the share of
 harmful ones above the logit that 1 % of those exceed, which is what a threshold will do.
 """
-import argparse
 import json
 import sys
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from .. import models
-from ..options import add_options, config_from
+from ..options import parsed
 from ..template import windows
 from ..train import bf16_is_faster
 from . import metrics, record, rows
@@ -114,9 +113,7 @@ def _trained(folder, detector):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m protector.evaluate.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, CompareConfig)
-    for name, found in run(config_from(parser.parse_args(argv), CompareConfig))["detectors"].items():
+    for name, found in run(parsed(CompareConfig, "protector.evaluate.compare", __doc__, argv))["detectors"].items():
         print(f"{name:<20} " + "  ".join(f"{source} {value['auroc']:.3f}" for source, value in found["sources"].items()))
 
 

@@ -6,7 +6,6 @@ A detector of depth k is the first k blocks, the final norm and a linear layer. 
 one pass through all blocks gives every depth's last hidden state. What adapters add on top costs a training for each depth; the
 probe says where to look.
 """
-import argparse
 import sys
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from .. import data
 from ..models import DEFAULT, ModelConfig, build
-from ..options import add_options, config_from
+from ..options import parsed
 from . import metrics, record
 from .judge import fit_logistic
 
@@ -128,10 +127,7 @@ def _auroc(scores, rows, found):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m protector.evaluate.depth", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, DepthConfig)
-    for depth, found in run(config_from(parser.parse_args(argv), DepthConfig))["depths"].items():
+    for depth, found in run(parsed(DepthConfig, "protector.evaluate.depth", __doc__, argv))["depths"].items():
         print(f"{depth:>3} blocks  " + "  ".join(f"{source} {value['auroc']:.3f}" for source, value in found.items()))
 
 

@@ -7,7 +7,6 @@ counted and timed by their sizes.
 
     speed-up = sum of ms(1) over the tokens written / sum of ms(1 + its guesses) over the decodes
 """
-import argparse
 import sys
 from dataclasses import dataclass, field
 
@@ -19,7 +18,7 @@ from ..bench import in_turns, seconds
 from ..bench_rounds import busy, described, load_before, warn
 from ..engine import llama_cpp
 from ..llama import LlamaDetoxifier, cpu_threads
-from ..options import add_options, config_from
+from ..options import parsed
 from . import metrics, record, rows
 from .replay import fewest
 
@@ -98,10 +97,10 @@ def run(config):
     if not harmful:
         raise ValueError("lookup: measure must hold harmful answers, got none. Pass other files.")
     detoxifier = LlamaDetoxifier(config.detoxifier or WEIGHTS / "detoxifier.gguf", n_threads=threads)
-    template, limits, texts = detoxifier.template, detoxifier.limits, []
+    template, texts = detoxifier.template, []
     for row in tqdm(harmful, unit="rewrite"):
-        prompt = template.detoxifier_prompt(template.clip_question(row.question)[0], template.encode(row.answer)[:limits.rejected_tokens])
-        text, _, finished = detoxifier.generate(prompt, limits.rewrite_tokens)
+        prompt = template.rewrite_prompt(row.question, row.answer)
+        text, _, finished = detoxifier.generate(prompt, detoxifier.limits.rewrite_tokens)
         texts.append((prompt, template.encode(text) + [template.end] * finished))
     times = decode_ms(detoxifier, texts[0][0][:CACHED], range(1, 2 + max(GUESSES)))
     ms = {size: found["median"] for size, found in times.items()}
@@ -122,9 +121,7 @@ def run(config):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m protector.evaluate.lookup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, LookupConfig)
-    for most, found in run(config_from(parser.parse_args(argv), LookupConfig))["guesses"].items():
+    for most, found in run(parsed(LookupConfig, "protector.evaluate.lookup", __doc__, argv))["guesses"].items():
         print(f"{most} guesses: {found['decodes_of_tokens']:.2f} decodes a token, {found['speed_up']['value']:.2f} times as fast")
 
 

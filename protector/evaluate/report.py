@@ -56,9 +56,9 @@ def _models_left_out(sources):
     return [f"Models left out with fewer than {SMALL} answers each: {', '.join(told)}; their numbers are in the JSON."] if told else []
 
 
-def _guard(result):
-    """Which guard a result is of, in a sentence, and what it failed on."""
-    named, errors = result.get("detector"), result.get("errors")
+def _guard(result, errors=0):
+    """Which guard a result is of, in a sentence, and how many answers it failed on."""
+    named = result.get("detector")
     if not named:
         return ""
     text = f"Guard: {named['model']}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}."
@@ -67,13 +67,16 @@ def _guard(result):
 
 def detector_tables(result):
     large, words = _large(result["sources"]), result["bag_of_words"]["sources"]
+
+    def unless_few(part, *values):
+        return [number(value) if part["harmful"] >= FEW else "–" for value in values]
+
     rows = [[source, f"{part['n']} ({part['harmful']})", number(part["auroc"]), number({"value": words[source]["auroc"]}),
-             *(number(value) if part["harmful"] >= FEW else "–" for value in (
-                 part["auprc"], part["f1"], {"value": part["f1_always_harmful"]}, part["recall_at_1%_fpr"], part["recall_at_5%_fpr"],
-                 words[source].get("recall_at_5%_fpr"))), number(part["ece"])]
+             *unless_few(part, part["auprc"], part["f1"], {"value": part["f1_always_harmful"]}, part["recall_at_1%_fpr"], part["recall_at_5%_fpr"],
+                         words[source].get("recall_at_5%_fpr")), number(part["ece"])]
             for source, part in large.items()]
     at = [[source, share(part["recall"]), share(part["false_positives"]),
-           *(number({"value": value}) if part["harmful"] >= FEW else "–" for value in (part["best_f1"]["value"], words[source]["f1"]))]
+           *unless_few(part, {"value": part["best_f1"]["value"]}, {"value": words[source]["f1"]})]
           for source, part in large.items()]
     few = [source for source, part in large.items() if 0 < part["harmful"] < FEW]
     notes = [f"{_guard(result)} Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them.",
@@ -132,7 +135,7 @@ def _attack_row(name, part):
 
 def replay_tables(result):
     head, tables = ["before", "after", "change", "actions"], []
-    guard = _guard({**result, "errors": sum(part["human"]["errors"] for part in result["sources"].values())})
+    guard = _guard(result, sum(part["human"]["errors"] for part in result["sources"].values()))
     human = _large({source: part["human"] for source, part in result["sources"].items()})
     by_judge = _large({source: part["judge"] for source, part in result["sources"].items()})
     for who, parts, note in (("human labels", human, f"Labels: {result['human_note']}."),
@@ -218,7 +221,7 @@ def utility_tables(result):
         return [name, share(part["flagged"]), share(part["changed"]), f"{part['ms']['median']:.0f} ({part['ms']['p95']:.0f})",
                 f"{number(added, 0)} %" if added else "–"]
 
-    notes = [_guard({**result, "errors": sum(part["errors"]["k"] for part in result["sources"].values())})]
+    notes = [_guard(result, sum(part["errors"]["k"] for part in result["sources"].values()))]
     notes += [f"Added time against {result['time_against']}."] if result["time_against"] else []
     notes.append("Changed must equal flagged: nothing else is ever touched. Intervals: rates 95 % Wilson, time 95 % bootstrap.")
     return [{"title": f"Utility on harmless answers, by {name}", "head": [name, *head],
@@ -244,7 +247,7 @@ def benchmark_tables(result):
              share(cell["keywords_after"], False), str(cell["rendered"])]
             for scenario, kinds in result["scenarios"].items() for kind, cell in kinds.items()]
     keywords = f"Keywords misjudge: {result['keywords_note']}."
-    notes = [_guard(result), f"Model: {result['model']}. Judge: {result['judge']}. Intervals: {result['interval']}.", keywords]
+    notes = [_guard(result, result.get("errors", 0)), f"Model: {result['model']}. Judge: {result['judge']}. Intervals: {result['interval']}.", keywords]
     if result["benchmark"] in _POLICY:
         which, about = _POLICY[result["benchmark"]]
         notes.append(f"Policy scenarios ({which}) forbid plain {about} advice: a harm detector has no reason to flag it.")

@@ -11,7 +11,6 @@ the other numbers don't depend on weights.
     first_token_ms    from a verdict to the first rewritten token's logits: the whole prompt, or what stands behind the answer in it
     bytes             of the files loaded
 """
-import argparse
 import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from ..base import WEIGHTS
 from ..bench import Bare, _adapter, _ids, _loaded_bytes, in_turns, seconds
 from ..bench_rounds import busy, described, load_before, warn
 from ..llama import _BATCH_TOKENS, LlamaDetector, LlamaDetoxifier, _Context, cpu_threads
-from ..options import add_options, config_from
+from ..options import parsed
 from . import record, rows
 from .compare import _measured, last_logits
 from .depth import probe
@@ -144,9 +143,7 @@ def first_token_ms(detoxifier, bare):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m protector.evaluate.shared", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, SharedConfig)
-    for source, found in run(config_from(parser.parse_args(argv), SharedConfig))["sources"].items():
+    for source, found in run(parsed(SharedConfig, "protector.evaluate.shared", __doc__, argv))["sources"].items():
         print(f"{source:<24} detector {found['detector']['auroc']:.3f}  one backbone {found['one backbone']['auroc']:.3f}")
 
 
