@@ -6,8 +6,9 @@
 #   bash reproduce.sh STAGE ...          setup | data | train | export | guard | evaluate | bench
 #   DATA=folder bash reproduce.sh        the full data (train_pairs.jsonl.gz, train_triples.jsonl.gz, dev_pairs.jsonl.gz, ...)
 #   MOST=60 QUESTIONS=2 DATA=folder ...  evaluate on so many answers of a source and questions of a scenario; 0 = all, as with DATA alone
-#   RESULTS=results bash reproduce.sh    write the numbers where README.md takes its tables from
+#   RESULTS=results bash reproduce.sh    write table.json where README.md takes it from, and with DATA every result: without it they are of few answers
 #
+# Models, data and report stand in $RUNS: runs/reproduce, with DATA runs/reproduce-data.
 # Needs Python 3.10 or newer with venv, a C++ compiler and a Python package registry. A second run reuses what stands
 # (delete runs/ to train anew). Time on 2 cores without a GPU: see "Reproduce" in README.md.
 set -euo pipefail
@@ -15,9 +16,11 @@ cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-RUNS=${RUNS:-runs/reproduce}
-RESULTS=${RESULTS:-$RUNS/results}
 DATA=${DATA:-}
+RUNS=${RUNS:-runs/reproduce${DATA:+-data}}
+RESULTS=${RESULTS:-$RUNS/results}
+PAIRS=${DATA:+$DATA/train_pairs.jsonl.gz} TRIPLES=${DATA:+$DATA/train_triples.jsonl.gz}
+PAIRS=${PAIRS:-$RUNS/data/train.jsonl} TRIPLES=${TRIPLES:-$RUNS/data/train.jsonl}
 MINUTES_DETECTOR=${MINUTES_DETECTOR:-6}
 MINUTES_DETOXIFIER=${MINUTES_DETOXIFIER:-5}
 PROTECTOR="$VENV/bin/python -m protector"
@@ -57,16 +60,26 @@ data() {
     $PROTECTOR split "$RUNS"/data/pyrit-*.whl --out "$RUNS/data" --parts train=0.4 judge=0.3 measure=0.3
 }
 
+# Models of other data may have learned from the rows that are measured on.
+of_these_data() {
+    local run
+    for run in "$RUNS"/{detector,detoxifier}/run.json; do
+        [ ! -f "$run" ] || grep -qF -e "\"$PAIRS\"" -e "\"$TRIPLES\"" "$run" ||
+            { echo "reproduce.sh: $run must name $PAIRS, got other data. Set RUNS to another folder." >&2; exit 2; }
+    done
+}
+
 # --- 3. train: harm detector (binary cross-entropy) and response detoxifier (autoregressive loss)
 train() {
+    of_these_data
     local pairs triples exclude=() lr_detector=4e-4 lr_detoxifier=5e-4 batch=2048
     if [ -n "$DATA" ]; then
-        pairs=("$DATA/train_pairs.jsonl.gz" "$DATA/train_benign_mllm.jsonl.gz" own)
-        triples=("$DATA/train_triples.jsonl.gz" own)
+        pairs=("$PAIRS" "$DATA/train_benign_mllm.jsonl.gz" own)
+        triples=("$TRIPLES" own)
         exclude=(--exclude "$DATA/dev_pairs.jsonl.gz" "$DATA/dev_benign_mllm.jsonl.gz")
     else
-        pairs=("$RUNS/data/train.jsonl" own)
-        triples=("$RUNS/data/train.jsonl" own)
+        pairs=("$PAIRS" own)
+        triples=("$TRIPLES" own)
         exclude=(--exclude "$RUNS/data/judge.jsonl" "$RUNS/data/measure.jsonl")
         lr_detector=1e-3 lr_detoxifier=1e-3 batch=1024  # a few minutes: more and larger steps
     fi
@@ -100,13 +113,14 @@ guard() {
 
 # --- 6. evaluate: both pairs of models on answers that none of them was trained on
 evaluate() {
+    of_these_data
     say "evaluate"
     $PROTECTOR table --runs "$RUNS" --data "${DATA:-$RUNS/data}" --results "$RESULTS"
     say "evaluate: attacks before and after, utility, judge, rewrites; the page is $RUNS/report/index.html"
-    local benchmarks=() most=60 questions=2
-    [ -z "$DATA" ] || most=0 questions=0  # the full sets, hours on a CPU; what was answered stays in the cache when it is interrupted
+    local benchmarks=() most=60 questions=2 out="$RUNS/results"
+    [ -z "$DATA" ] || most=0 questions=0 out="$RESULTS"  # the full sets, hours on a CPU; what was answered stays in the cache when it is interrupted
     [ -n "$DATA" ] && [ -d "$DATA/questions" ] && benchmarks=(--mm-safetybench "$DATA/questions/mm_safetybench" --figstep "$DATA/questions/figstep")
-    $PROTECTOR evaluate all --data "${DATA:-$RUNS/data}" --most "${MOST:-$most}" --questions "${QUESTIONS:-$questions}" ${benchmarks[@]+"${benchmarks[@]}"} --out "$RESULTS" --report "$RUNS/report"
+    $PROTECTOR evaluate all --data "${DATA:-$RUNS/data}" --most "${MOST:-$most}" --questions "${QUESTIONS:-$questions}" ${benchmarks[@]+"${benchmarks[@]}"} --out "$out" --report "$RUNS/report"
 }
 
 # The load average of a minute in which a bench ran would call the next one's machine busy.

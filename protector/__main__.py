@@ -1,6 +1,6 @@
 """Command line: `protector COMMAND ...` or `python -m protector COMMAND ...`.
 
-Exit codes: 0 pass, 10 something was flagged, 2 wrong usage or data, 3 the guard failed.
+Exit codes: 0 pass, 10 something was flagged, 2 wrong usage or data, 3 the guard or a part of an evaluation failed.
 Data go to stdout, progress and errors to stderr. JSONL in on stdin, JSONL out on stdout in the same order.
 """
 import argparse
@@ -120,17 +120,15 @@ def run_score(config):
 
 
 def run_guard(config):
-    rows, worst = _rows(config), PASS
+    rows, codes = _rows(config), {PASS}
     guard = protector_from(config)
     for row in rows:
         verdict = guard.guard(row.get("question"), row["answer"])
         extra = {"error": verdict.error} if verdict.error else {}
         score = None if verdict.score != verdict.score else verdict.score  # NaN isn't JSON
         _print_row({**row, "action": verdict.action, "flagged": verdict.flagged, "score": score, "text": verdict.text, **extra})
-        worst = max(worst, FLAGGED if verdict.flagged else PASS)
-        if verdict.action == "error":
-            return FAILED
-    return worst
+        codes.add(FAILED if verdict.action == "error" else FLAGGED if verdict.flagged else PASS)
+    return FAILED if FAILED in codes else max(codes)
 
 
 def run_stream(config):
@@ -281,6 +279,9 @@ def main(argv=None):
     except BrokenPipeError:  # `protector ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PASS
+    except OSError as error:  # a path that can't be read or written
+        print(f"protector: {error}", file=sys.stderr)
+        return USAGE if error.filename else FAILED
 
 
 if __name__ == "__main__":

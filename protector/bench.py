@@ -8,7 +8,7 @@
 
 What is compared takes turns in every round, and a ratio is the median of the rounds' own ratios: a machine that slows
 down slows both. A number that spreads over more than BUSY is listed under "busy" and marked in the table; so is everything
-where other work ran before the start.
+where other work ran before the start, or took more than OTHERS of the CPU time since.
 """
 import ctypes
 import json
@@ -20,13 +20,14 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from . import data, gguf
 from .base import WEIGHTS, base_path
-from .bench_rounds import BUSY, busy, described, is_loaded, load_before, warn
+from .bench_rounds import BUSY, LOADED, OTHERS, busy, described, loaded, warn, watched
 from .engine import llama_cpp
 from .errors import ModelError
 from .evaluate import record
@@ -38,6 +39,7 @@ SETTLE_S = 0.05  # between two measurements: another engine's threads spin for s
 QUESTIONS = ("How is bread baked? Explain it step by step.", "How does a bicycle stay upright?", "What should I see in Rome?")
 HARMFUL = ("Is it safe to mix bleach and vinegar?", "Yes, it is safe to mix bleach and vinegar.")
 _BATCH_TOKENS = 512  # llama.cpp's own default for a physical batch
+_GROWS = {"compiled": "not tried: each step of a growing cache has another shape"}
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Sizes:
     answer: int = 200  # tokens of the harmless answer
     rewrites: int = 3  # flagged answers that are rewritten in one round
     starts: int = 5  # fresh processes of each kind
-    trainings: int = 3  # rounds of training
-    steps: int = 6  # optimiser steps of a round; the first isn't counted
+    trainings: int = 5  # rounds of training
+    steps: int = 12  # optimiser steps of a round that count
     batch_tokens: int = 2048  # of a step, padding included
     matmul: int = 2048  # rows and columns
     copy_bytes: int = 256 << 20  # more than any cache
@@ -72,7 +74,7 @@ class Sizes:
     quantisations: tuple = ("F16", "Q8_0", "Q4_0", gguf.AS_BASE)
 
 
-QUICK = Sizes((32,), 4, 12, 1, 1, 1, 3, 256, 128, 1 << 20, False, (2,), ("Q8_0",))
+QUICK = Sizes((32,), 4, 12, 1, 1, 1, 1, 256, 128, 1 << 20, False, (2,), ("Q8_0",))
 
 
 def run(config):
@@ -86,14 +88,14 @@ def run(config):
     if config.rounds < 2:
         raise ValueError(f"bench: rounds must be at least 2, got {config.rounds}. One number has no spread.")
     sizes, rounds, threads = QUICK if config.quick else Sizes(), 2 if config.quick else config.rounds, config.threads or cpu_threads()
-    load = load_before()
+    meanwhile = watched()
     result = (sweep if config.sweep else measure)(config, sizes, rounds, threads)
-    result = {**result, "quick": config.quick, "threads": threads, "load_before": load, "busy_bound": BUSY, "busy": busy(result)}
+    result = {**result, "quick": config.quick, "threads": threads, **meanwhile(), "busy_bound": BUSY, "busy": busy(result),
+              "run": record.provenance(config)}  # the tables name the machine
     if not config.sweep:
         result["targets"] = targets(result)
     name = "bench_quick" if config.quick else result["kind"]
     out = Path(config.out or f"results/{name}.json")
-    result["run"] = record.provenance(config)  # the tables name the machine
     record.write(out.parent, out.stem, result, config)
     print((sweep_markdown if config.sweep else markdown)(record.plain(result)))
     warn("bench", result)
@@ -277,21 +279,22 @@ def measure(config, sizes, rounds, threads):
         "detector": _of_file(detector), "detoxifier": _of_file(detoxifier), "gpu_offload": bool(llama_cpp.llama_supports_gpu_offload())}}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            plain, missing = Plain(*paths, folder, threads), {}
+            plain = Plain(*paths, folder, threads)
         except ImportError as error:
-            plain, missing = None, {name: f"needs the package {error.name}" for name in ("transformers", "compiled")}
+            plain = None
+            result["left_out"] = f"PyTorch backend, transformers eager, compiled, this machine's limits, training: they need the package {error.name}"
         result["transformers"] = plain and {"dtype": str(plain.dtype), "device": str(plain.device)}
         rows = result["compared"] = {}
         _say("detector")
         for n in sizes.prefill:
-            rows[f"detector, {n} tokens"] = _prefill(detector, plain, n, rounds, sizes, missing, threads)
-        rows["detector, token by token"] = _streaming(detector, plain, sizes.stream, rounds, missing, threads)
+            rows[f"detector, {n} tokens"] = _prefill(detector, plain, n, rounds, sizes, threads)
+        rows["detector, token by token"] = _streaming(detector, plain, sizes.stream, rounds, threads)
         _say("rewrites")
-        rows |= _rewriting(detoxifier, plain, sizes.rewrites, rounds, missing, threads)
+        rows |= _rewriting(detoxifier, plain, sizes.rewrites, rounds, threads)
         _say("guard")
         result["guarding"] = _guarding(detector, sizes.answer, rounds, threads)
         _say("cold start and memory")
-        rows |= _starting(detector, detoxifier, plain, sizes.starts, threads, missing)
+        rows |= _starting(detector, detoxifier, plain, sizes.starts, threads)
         if plain:
             _say("machine")
             result["machine"] = _machine(plain, sizes, rounds, result)
@@ -326,8 +329,8 @@ def _ids(detector, n):
     return ids[:n], start
 
 
-def _prefill(detector, plain, n, rounds, sizes, missing, threads):
-    (ids, start), bare = _ids(detector, n), Bare(detector.context.weights, threads)
+def _prefill(detector, plain, n, rounds, sizes, threads):
+    (ids, start), bare, missing = _ids(detector, n), Bare(detector.context.weights, threads), {}
     functions = {"guard": rate(n, lambda: detector.running_logits([ids], [start])), "bare": rate(n, lambda: bare.read(ids))}
     if plain:
         functions["torch"] = rate(n, lambda: plain.backend.running_logits([ids], [start]))  # on the CPU when it returns
@@ -342,7 +345,7 @@ def _prefill(detector, plain, n, rounds, sizes, missing, threads):
     return compared("tokens/s", in_turns(functions, rounds), missing)
 
 
-def _streaming(detector, plain, n, rounds, missing, threads):
+def _streaming(detector, plain, n, rounds, threads):
     prefix, ids = _ids(detector, 32)[0], _ids(detector, 32 + n)[0][32:]
     bare = Bare(detector.context.weights, threads)
 
@@ -357,11 +360,10 @@ def _streaming(detector, plain, n, rounds, missing, threads):
     functions = {"guard": ours, "bare": lambda: n / bare.feed(prefix, ids)}
     if plain:
         functions["transformers"] = lambda: n / plain.feed(prefix, ids)
-        missing = {"compiled": "not tried: each step of a growing cache has another shape"}
-    return compared("tokens/s", in_turns(functions, rounds), missing)
+    return compared("tokens/s", in_turns(functions, rounds), plain and _GROWS)
 
 
-def _rewriting(detoxifier, plain, n, rounds, missing, threads):
+def _rewriting(detoxifier, plain, n, rounds, threads):
     """Speed of writing, and the wait for the first token, on harmful answers of this project's corpus."""
     template, triples = detoxifier.template, data.read("own")[1]
     prompts = [template.rewrite_prompt(row.question, row.rejected) for row in data.spread(triples, n)]
@@ -371,9 +373,12 @@ def _rewriting(detoxifier, plain, n, rounds, missing, threads):
         stamps = [time.perf_counter()]
         # The deadline is asked before the prompt, which fits one batch, and before each decode of a written token.
         detoxifier.generate(prompt, detoxifier.limits.rewrite_tokens, deadline=lambda: stamps.append(time.perf_counter()))
-        return len(stamps) - 2, stamps[2] - stamps[0], time.perf_counter() - stamps[2]
+        stamps.append(time.perf_counter())  # stamps[2] where nothing was written
+        return len(stamps) - 3, stamps[2] - stamps[0], stamps[-1] - stamps[2]
 
     n_written = [ours(prompt)[0] for prompt in prompts]
+    if not any(n_written):
+        raise ModelError("bench: detoxifier must rewrite one of the harmful answers, got no token. Train it longer.")
 
     def of_all(write):
         """(tokens/s, mean ms to the first token)"""
@@ -383,9 +388,8 @@ def _rewriting(detoxifier, plain, n, rounds, missing, threads):
     functions = {"guard": lambda: of_all(lambda prompt, _: ours(prompt)), "bare": lambda: of_all(bare.write)}
     if plain:
         functions["transformers"] = lambda: of_all(plain.write)
-        missing = {"compiled": "not tried: each step of a growing cache has another shape"}
     turns = in_turns(functions, rounds)
-    rows = [compared(unit, {name: [value[i] for value in values] for name, values in turns.items()}, missing)
+    rows = [compared(unit, {name: [value[i] for value in values] for name, values in turns.items()}, plain and _GROWS)
             for i, unit in enumerate(("tokens/s", "ms"))]
     rows[0]["tokens_written"] = sum(n_written)
     return {"rewriting, token by token": rows[0], "first rewritten token": rows[1]}
@@ -410,15 +414,15 @@ def _guarding(detector, n, rounds, threads):
 
     def streamed():
         state = StreamGuard(guard, question)
-        pushing = seconds(lambda: [state.push(piece) for piece in pieces])
-        return pushing, seconds(state.finish)
+        pushing = [seconds(partial(state.push, piece)) for piece in pieces]
+        return sum(pushing), max(pushing), seconds(state.finish)
 
     turns = in_turns({"generate": lambda: sum(base.write(prompt, n, template.end)[1:]), "guard": lambda: seconds(lambda: guard.guard(question, answer)),
                       "streamed": streamed}, rounds)
-    generate, whole, (pushing, waiting) = np.array(turns["generate"]), np.array(turns["guard"]), np.array(turns["streamed"]).T
+    generate, whole, (pushing, longest, waiting) = np.array(turns["generate"]), np.array(turns["guard"]), np.array(turns["streamed"]).T
     return {"answer_tokens": n, "model": base_path().name, "generate_s": described(generate), "guard_s": described(whole),
             "guard_percent": described(100 * whole / generate), "streamed_percent": described(100 * (pushing + waiting) / generate),
-            "wait_ms": described(1e3 * waiting), "wait_steps": described(waiting / (generate / n))}
+            "wait_ms": described(1e3 * waiting), "wait_steps": described(waiting / (generate / n)), "push_steps": described(longest / (generate / n))}
 
 
 # Fresh processes. Each prints {"s": import to first verdict, "peak_bytes"}; argv[1] is JSON.
@@ -461,11 +465,12 @@ def _child(name, argument, **environment):
     done = subprocess.run([sys.executable, "-c", _BEGIN + _CHILDREN[name] + _END, json.dumps(argument)], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), **environment})
     if done.returncode != 0:
-        raise RuntimeError(f"bench: a fresh {name} process must end well, got: {done.stderr.strip().splitlines()[-1][:300]}")
+        told = done.stderr.strip().splitlines() or [f"status {done.returncode}"]  # killed, it says nothing
+        raise RuntimeError(f"bench: a fresh {name} process must end well, got: {told[-1][:300]}")
     return json.loads(done.stdout)
 
 
-def _starting(detector, detoxifier, plain, rounds, threads, missing):
+def _starting(detector, detoxifier, plain, rounds, threads):
     """Seconds from import to the first verdict in a fresh process, and its most memory beside the files that it maps."""
     ids = _ids(detector, 64)[0]
     pair = {"detector": str(detector.path), "detoxifier": "", "question": QUESTIONS[0], "answer": "Flour, water and a little salt.", "threads": threads}
@@ -475,7 +480,7 @@ def _starting(detector, detoxifier, plain, rounds, threads, missing):
     if plain:
         functions["transformers"] = lambda: _child("transformers", {
             "folder": str(plain.folder), "ids": ids, "threads": threads, "dtype": str(plain.dtype).split(".")[-1]})
-        missing = {"compiled": "not tried: it would compile first"}
+    missing = plain and {"compiled": "not tried: it would compile first"}
     turns = in_turns(functions, rounds)
     both = turns.pop("both")
     with tempfile.TemporaryDirectory() as cache:
@@ -486,8 +491,10 @@ def _starting(detector, detoxifier, plain, rounds, threads, missing):
         return rows
     memory = {name: [value["peak_bytes"] / 2**20 for value in values] for name, values in turns.items()}
     rows["peak memory"] = compared("MiB", memory, missing)
-    for name, values, mapped in (("detector", turns["guard"], _loaded_bytes(detector)), ("both", both, _loaded_bytes(detector) + _loaded_bytes(detoxifier))):
-        rows["peak memory"][name] = {"weights_bytes": mapped, "of_weights": described([value["peak_bytes"] / mapped for value in values])}
+    for name, values, models in (("detector", turns["guard"], (detector,)), ("both", both, (detector, detoxifier))):
+        sizes = {"mapped": sum(map(_loaded_bytes, models)), "gguf": sum(os.path.getsize(model.context.weights.path) for model in models)}
+        rows["peak memory"][name] = {f"{what}_bytes": size for what, size in sizes.items()} | {
+            f"of_{what}": described([value["peak_bytes"] / size for value in values]) for what, size in sizes.items()}
     return rows
 
 
@@ -535,28 +542,32 @@ def _machine(plain, sizes, rounds, result):
 
 
 def _training(depth, plain, folder, sizes, threads, compiles):
-    """Rows of tokens/s, padding not counted, of `protector train`, and with --compile, beside a plain Trainer with the same rows, rank and rows a step."""
+    """Rows of tokens/s, padding not counted, of `protector train` beside a plain Trainer with the same rows, rank and rows a step: eager, compiled."""
     from . import train
     from .models import ModelConfig, build, load_tokenizer
     from .template import Template
 
-    template, values = Template(load_tokenizer()), {"training": [], **({"training, compiled": []} if compiles else {})}
-    theirs, missing = [], {"bare": "llama.cpp doesn't train", "compiled": "not tried: a plain Trainer runs eager"}
-    for turn in range(sizes.trainings):
-        out = Path(folder) / f"train-{turn}"
-        config = train.TrainConfig("detector", depth=depth, batch_tokens=sizes.batch_tokens, seed=turn, threads=threads, device=plain.device.type)
-        batches = train._epoch(config, train.load_rows(config), template, 0)
-        config = replace(config, epochs=(sizes.steps - 0.5) / len(batches))  # rounded up to whole steps
-        batches = batches[:sizes.steps]
-        n_tokens = [sum(len(example["ids"]) for group in batch for example in group) for batch in batches]
-        for title, rates in values.items():
-            plain.torch.compiler.reset()  # what was compiled before counts against its limit
-            rates.append(_train_rate(replace(config, out=str(out / title), compile=title != "training"), n_tokens))
-        bf16 = json.loads((out / "training" / "run.json").read_text())["bf16"]  # timed there: two timings might choose differently
-        examples = 2 * [example for batch in batches for group in batch for example in group]  # no round ends within an epoch
+    template, columns = Template(load_tokenizer()), {"training": "transformers", **({"training, compiled": "compiled"} if compiles else {})}
+    config = train.TrainConfig("detector", depth=depth, batch_tokens=sizes.batch_tokens, threads=threads, device=plain.device.type)
+    batches = train._epoch(config, train.load_rows(config), template, 0)  # of every round, with the configuration's seed
+    config = replace(config, epochs=(sizes.steps + 1.5) / len(batches))  # rounded up to whole steps: one before those that count, one behind
+    batches = batches[:sizes.steps + 2]
+    n_tokens = [sum(len(example["ids"]) for group in batch for example in group) for batch in batches]
+    examples = 2 * [example for batch in batches[:-1] for group in batch for example in group]  # no round ends within an epoch
+
+    def speed(title, name):
+        plain.torch.compiler.reset()  # what was compiled before counts against its limit
+        compiled = title != "training"
+        if name == "guard":
+            return _train_rate(replace(config, out=f"{folder}/{title}", compile=compiled), n_tokens)
+        bf16 = json.loads(Path(folder, title, "run.json").read_text())["bf16"]  # timed there: two timings might choose differently
         fresh = build(ModelConfig("detector", depth=depth, rank=0)).backbone
-        theirs.append(_trainer_rate(fresh, examples, template, out, plain, config, sizes.steps, bf16))
-    return {title: {**compared("tokens/s", {"guard": rates, "transformers": theirs}, missing), "steps": sizes.steps} for title, rates in values.items()}
+        return _trainer_rate(fresh, examples, template, Path(folder), plain, config, sizes.steps + 1, bf16, compiled)
+
+    turns = in_turns({key: partial(speed, *key) for title, column in columns.items() for key in ((title, "guard"), (title, column))}, sizes.trainings)
+    missing = {"bare": "llama.cpp doesn't train", **dict.fromkeys(("transformers", "compiled"), "compiled training has its own row, where scoring compiles")}
+    return {title: {**compared("tokens/s", {name: turns[title, name] for name in ("guard", column)},
+                               {name: why for name, why in missing.items() if name != column}), "steps": sizes.steps} for title, column in columns.items()}
 
 
 def _train_rate(config, n_tokens):
@@ -569,7 +580,7 @@ def _train_rate(config, n_tokens):
     return sum(n_tokens[1:-1]) / (starts_s[-1] - starts_s[1])
 
 
-def _trainer_rate(backbone, examples, template, out, plain, config, steps, bf16):
+def _trainer_rate(backbone, examples, template, out, plain, config, steps, bf16, compiled):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -595,24 +606,24 @@ def _trainer_rate(backbone, examples, template, out, plain, config, steps, bf16)
 
     arguments = TrainingArguments(str(out / "trainer"), max_steps=steps, learning_rate=config.lr, bf16=bf16, seed=config.seed,
                                   use_cpu=plain.device.type == "cpu", save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
-                                  remove_unused_columns=False)
+                                  remove_unused_columns=False, torch_compile=compiled)
     arguments.gradient_accumulation_steps = max(len(examples) // (2 * steps * arguments.per_device_train_batch_size), 1)
     trainer = Trainer(model, arguments, train_dataset=examples, data_collator=collate, callbacks=[Clock()])
     trainer.remove_callback(PrinterCallback)  # it prints on stdout
+    trainer.accelerator.state.dynamo_plugin.dynamic = True  # as in train: compiled once for all lengths, in the step that doesn't count
     trainer.train()
     parts = arguments.gradient_accumulation_steps
     return sum(counts[parts:parts * steps]) / (stamps[-1] - stamps[0])
 
 
 def targets(result):
-    """[{"what", "bound", "at_most", "is", "met", "busy"}]: this project's promises about cost, on 2 CPU cores without a GPU."""
-    rows, guarding = result["compared"], result["guarding"]
-    loaded, found = is_loaded(result.get("load_before")), []
+    """[{"what", "bound", "at_most", "is", "met", "busy"}]: this project's promises about cost, on 2 CPU cores without a GPU; elsewhere met is None."""
+    rows, guarding, found = result["compared"], result["guarding"], []
 
     def add(what, bound, number, at_most):
         value = number["median"]
-        found.append({"what": what, "bound": bound, "at_most": at_most, "is": value, "met": bool(value <= bound if at_most else value >= bound),
-                      "busy": loaded or number["spread"] > BUSY})
+        found.append({"what": what, "bound": bound, "at_most": at_most, "is": value, "busy": bool(loaded(result)) or number["spread"] > BUSY,
+                      "met": bool(value <= bound if at_most else value >= bound) if _is_judged(result) else None})
 
     add("cost of a harmless answer, % of its generation", 15, guarding["guard_percent"], True)
     add("wait at a stream's end, generation steps", 2, guarding["wait_steps"], True)
@@ -624,10 +635,15 @@ def targets(result):
     add("rewriting: share of llama.cpp bare", 0.9, rows["rewriting, token by token"]["ratios"]["bare"], False)
     add("start to first verdict, s", 1.5, rows["start to first verdict"]["values"]["guard"], True)
     if "peak memory" in rows:
-        add("peak memory, times the loaded weights", 1.3, rows["peak memory"]["detector"]["of_weights"], True)
+        add("peak memory, times the files mapped", 1.3, rows["peak memory"]["detector"]["of_mapped"], True)
     if "training" in rows:
-        add("training: times a plain Trainer", 1.5, rows["training"]["ratios"]["transformers"], False)
+        add("training: times a plain Trainer, both eager", 1.5, rows["training"]["ratios"]["transformers"], False)
     return found
+
+
+def _is_judged(result):
+    on_gpu = result.get("models", {}).get("gpu_offload") or (result.get("transformers") or {}).get("device", "cpu") != "cpu"
+    return result["run"]["cores"] == 2 and not on_gpu
 
 
 # -- tables
@@ -651,14 +667,19 @@ def _footer(result):
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name in ("torch", "transformers", "llama_cpp_python"))
     counts = {title: row["values"]["guard"]["n"] for title, row in result.get("compared", {}).items()}
     fewer = "".join(f", {title} {n}" for title, n in counts.items() if n != run["config"]["rounds"])
-    lines = ["", f"{result['threads']} thread(s), {run['cpu']}, {run['cores']} cores, Python {run['python']}, {versions}. Median of {run['config']['rounds']} rounds{fewer}; ± is half the "
-             "distance of the quartiles, of fewer than four rounds of the extremes."]
+    gpu = f"{run['gpu']} with CUDA {run['cuda']}, " if "gpu" in run else ""
+    lines = ["", f"{result['threads']} thread(s), {run['cpu']}, {run['cores']} cores, {gpu}Python {run['python']}, {versions}. "
+             f"Median of {run['config']['rounds']} rounds{fewer}; ± is half the distance of the quartiles, of fewer than four rounds of the extremes."]
     reasons = sorted({f"{name}: {reason}" for row in result.get("compared", {}).values() for name, reason in row.get("not_measured", {}).items()})
     if reasons:
         lines.append(f"Not measured ({'; '.join(reasons)}).")
+    if result.get("left_out"):
+        lines.append(f"Left out: {result['left_out']}.")
     if result.get("load_before") is not None:
-        mark = "; **busy**: above half of the cores" if is_loaded(result["load_before"], run["cores"]) else ""
-        lines.append(f"Load average before the start {result['load_before']:.1f}{mark}.")
+        others = result.get("others_share")
+        since = "" if others is None else f"; other processes took {100 * others:.1f} % of the CPU time since"
+        mark = f"; **busy**: above {LOADED:g} of the cores, or {100 * OTHERS:.0f} %" if loaded(result) else ""
+        lines.append(f"Load average before the start {result['load_before']:.1f}{since}{mark}.")
     if result["busy"]:
         lines.append(f"**The machine was busy**: {len(result['busy'])} numbers spread over more than {100 * result['busy_bound']:.0f} %.")
     if result["quick"]:
@@ -689,13 +710,14 @@ def markdown(result):
         for title, row in result["compared"].items()])
     if result.get("machine"):  # none without torch
         lines += ["", *_limits(result["machine"])]
-    guarding, loaded = result["guarding"], is_loaded(result.get("load_before"), result["run"]["cores"])
+    guarding = result["guarding"]
+    push = f"; before that no push blocks for more than {_number(guarding['push_steps'])}" if "push_steps" in guarding else ""
     lines += ["", f"A harmless answer of {guarding['answer_tokens']} tokens, which {guarding['model']} writes in {_number(guarding['generate_s'])} s, costs "
               f"{_number(guarding['guard_percent'])} % more when it is guarded as a whole and {_number(guarding['streamed_percent'])} % as a stream; after the "
-              f"last chunk the stream waits {_number(guarding['wait_steps'])} generation steps.", ""]
+              f"last chunk the stream waits {_number(guarding['wait_steps'])} generation steps{push}.", ""]
     lines += _table(("target", "bound", "measured", ""), [
         (target["what"], f"{'at most' if target['at_most'] else 'at least'} {target['bound']}", f"{target['is']:.2f}",
-         ("met" if target["met"] else "**missed**") + (", busy" if target.get("busy", loaded) else ""))
+         ("met" if target["met"] else "**missed**") + (", busy" if target["busy"] else "") if _is_judged(result) else "not judged")
         for target in result["targets"]])
     return "\n".join(lines + _footer(result))
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from protector import _native
-from protector.bench_rounds import busy, described, is_loaded, load_before, warn
+from protector.bench_rounds import busy, described, loaded, warn, watched
 from protector.evaluate import record
 from protector.head import harm_score, harm_score_ref
 from protector.options import parsed
@@ -371,7 +371,7 @@ def options_from(arguments):
 
 
 def main(arguments=None):
-    options, load = options_from(arguments), load_before()
+    options, meanwhile = options_from(arguments), watched()
     torch.manual_seed(options.seed)
     if _native.LIBRARY is None:
         raise SystemExit("bench_head: protector/_kernels must be built, got none. Run `pip install -e .` with a C++ compiler.")
@@ -392,10 +392,11 @@ def main(arguments=None):
             result["device" if device.type == "cuda" else "rehearsal"] = bench_device(options, device)
     result["on_cpu"] = bench_cpu(options)
     result["training"] = bench_training(options, device)
+    result |= meanwhile()
     for part in result.values():
         for found in part.get("targets", {}).values() if isinstance(part, dict) else ():
-            found["busy"] |= is_loaded(load)
-    result |= {"load_before": load, "busy": busy(result)}
+            found["busy"] |= bool(loaded(result))
+    result["busy"] = busy(result)
     warn("bench_head", result)
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower()) if device.type == "cuda" else "cpu"
     path = Path(options.out) / f"head_{name}.json"

@@ -2,7 +2,8 @@
 
     flat          time of a token in a stream of 4,000 tokens over that in one of 200
     generation    time of scoring an answer while it is written over the time in which llama.cpp's base model writes it, step by
-                  step in turns, the wait after its last token in steps of that model, and how many tokens it was ahead when text was let out
+                  step in turns, in steps of that model the wait after its last token and the longest push before, and how many tokens it was
+                  ahead when text was let out
     in a row      resident memory before and after many short streams
     clients       tokens a second of 16 threads that stream over those of one; likewise of whole answers
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from .base import base_path
 from .bench import Bare, in_turns, seconds
-from .bench_rounds import BUSY, busy, described, is_loaded, load_before, warn
+from .bench_rounds import BUSY, busy, described, loaded, warn, watched
 from .engine import llama_cpp
 from .evaluate import record
 from .guard import Protector
@@ -75,16 +76,17 @@ def run(config):
     if config.rounds < 2:
         raise ValueError(f"bench_stream: rounds must be at least 2, got {config.rounds}. One number has no spread.")
     sizes, rounds, n_streams = (QUICK, 2, 20) if config.quick else (Sizes(), config.rounds, config.streams)
-    threads, load = config.threads or cpu_threads(), load_before()
+    threads, meanwhile = config.threads or cpu_threads(), watched()
     # "report": nothing ends early, whatever the scores are.
     guard = Protector(config.detector or None, False, threshold=1.0, on_flag="report",
                       detector_options={"quantisation": config.quantisation, "n_threads": threads})
-    result = {"kind": "bench_stream", "quick": config.quick, "threads": threads, "load_before": load, "quantisation": guard.detector.quantisation,
+    result = {"kind": "bench_stream", "quick": config.quick, "threads": threads, "quantisation": guard.detector.quantisation,
               "depth": guard.detector.metadata.depth, "step_tokens": STEP_TOKENS}
     for name, part in (("flat", lambda: flat(guard, sizes, rounds)), ("generation", lambda: generation(guard, sizes, rounds, threads)),
                        ("clients", lambda: clients(guard, sizes, rounds)), ("in_a_row", lambda: in_a_row(guard, n_streams))):
         print(f"bench_stream: {name}", file=sys.stderr, flush=True)
         result[name] = part()
+    result |= meanwhile()
     result |= {"targets": targets(result), "busy": busy(result)}
     out = Path(config.out or f"results/stream{'_quick' if config.quick else ''}.json")
     record.write(out.parent, out.stem, result, config)
@@ -95,13 +97,13 @@ def run(config):
 
 def targets(result):
     """{name: {"value", "bound", "holds", "busy"}}; bytes are never busy."""
-    loaded, grown = is_loaded(result.get("load_before")), result["in_a_row"]["grown_bytes"]
+    is_busy, grown = bool(loaded(result)), result["in_a_row"]["grown_bytes"]
     parts = {"scoring, share of generating": (result["generation"]["share"], COST, False),
              "wait after the last token, generation steps": (result["generation"]["wait_steps"], WAIT_STEPS, False),
              "a token of a long stream, against a short one's": (result["flat"]["ratio"], FLAT, False),
              "streams of many clients, against one": (result["clients"]["streams"]["ratio"], CLIENTS, True)}
     found = {name: {"value": number["median"], "bound": bound, "holds": number["median"] >= bound if at_least else number["median"] <= bound,
-                      "busy": loaded or number["spread"] > BUSY} for name, (number, bound, at_least) in parts.items()}
+                      "busy": is_busy or number["spread"] > BUSY} for name, (number, bound, at_least) in parts.items()}
     if grown is not None:
         found["bytes grown over all short streams"] = {"value": grown, "bound": GROWTH_BYTES, "holds": grown <= GROWTH_BYTES, "busy": False}
     return found
@@ -134,12 +136,12 @@ def generation(guard, sizes, rounds, threads):
 
     held_tokens: how many tokens were written and not yet shown at the moments at which text was let out, that text among them.
     """
-    bare = Bare(_Weights.of(base_path(), 0), threads)
+    bare = Bare(_Weights.of(base_path(), -1), threads)  # where the guard's layers are
     template, tokenizer = guard.detector.template, guard.detector.tokenizer
     prompt = template.prefix(template.encode(QUESTION))
 
     def answer():
-        state, written_s, scored_s = StreamGuard(guard, QUESTION), 0.0, 0.0
+        state, written_s, scored_s, longest_s = StreamGuard(guard, QUESTION), 0.0, 0.0, 0.0
         ends, n_chars, held = [], 0, []  # of each token in characters; those released before; tokens held
         bare.read(prompt)
         for _ in range(sizes.answer):
@@ -151,18 +153,19 @@ def generation(guard, sizes, rounds, threads):
             written = time.perf_counter()
             piece = tokenizer.decode([token])
             state.push(piece)
-            written_s, scored_s = written_s + written - start, scored_s + time.perf_counter() - written
+            pushed_s = time.perf_counter() - written
+            written_s, scored_s, longest_s = written_s + written - start, scored_s + pushed_s, max(longest_s, pushed_s)
             ends.append(len(piece) + (ends[-1] if ends else 0))
             if state.released > n_chars:
                 held.append(len(ends) - bisect_right(ends, n_chars))
                 n_chars = state.released
-        return written_s, scored_s, seconds(state.finish), *((np.median(held), max(held)) if held else (np.nan, np.nan))
+        return written_s, scored_s, longest_s, seconds(state.finish), *((np.median(held), max(held)) if held else (np.nan, np.nan))
 
-    written_s, scored_s, waited_s, median_held, most_held = np.array(in_turns({"answer": answer}, rounds)["answer"]).T
+    written_s, scored_s, longest_s, waited_s, median_held, most_held = np.array(in_turns({"answer": answer}, rounds)["answer"]).T
     step_s = written_s / sizes.answer
     return {"written_tokens_per_s": described(1 / step_s), "scored_ms_per_token": described(1e3 * scored_s / sizes.answer),
             "share": described((scored_s + waited_s) / written_s), "wait_steps": described(waited_s / step_s), "wait_ms": described(1e3 * waited_s),
-            "held_tokens": {"median": float(np.median(median_held)), "largest": float(most_held.max())}}
+            "push_steps": described(longest_s / step_s), "held_tokens": {"median": float(np.median(median_held)), "largest": float(most_held.max())}}
 
 
 def clients(guard, sizes, rounds):

@@ -56,17 +56,18 @@ def most_above(n, fpr, confidence):
     return k
 
 
-def threshold(scores, fpr=DEFAULT_FPR, confidence=DEFAULT_CONFIDENCE):
+def threshold(scores, fpr=DEFAULT_FPR, confidence=DEFAULT_CONFIDENCE, margin=0.0):
     """The lowest threshold whose false-positive rate is at most fpr with this confidence.
 
     Args:
         scores: (n,) scores of harmless answers like those that will be guarded, none of them seen in training.
         fpr: bound on the rate.
         confidence: with which the bound holds over draws of the n answers.
+        margin: added to the threshold.
     Returns:
         (threshold, number of scores at or above it)
     Raises:
-        ValueError: too few scores for the bound, a score that isn't finite, or no threshold up to 1 keeps it.
+        ValueError: too few scores for the bound, a score that isn't finite, or no threshold below 1 keeps it.
     Example:
         threshold([0.1] * 298 + [0.6])  # (0.6000000000000001, 0)
     """
@@ -79,10 +80,10 @@ def threshold(scores, fpr=DEFAULT_FPR, confidence=DEFAULT_CONFIDENCE):
         raise ValueError(f"threshold: scores must be at least {needed} for a rate of {fpr} at confidence {confidence}, got "
                          f"{len(scores)}. Add harmless answers or allow a higher rate.")
     # Strictly above s_(k+1): ties must not push the rate over the bound.
-    value = float(np.nextafter(scores[k], 2.0))
-    if value > 1:
-        raise ValueError(f"threshold: scores must leave {k} harmless answers below 1, got more that score 1. The model is "
-                         "saturated: set its temperature or train it again.")
+    value = float(np.nextafter(scores[k], 2.0)) + margin
+    if value >= 1:  # flags nothing but what no sound model scores
+        raise ValueError(f"threshold: scores must leave all but {k} harmless answers below {1 - margin:g}, got more that score so high. The "
+                         "model is saturated: set its temperature or train it again.")
     return value, int((scores >= value).sum())
 
 
@@ -99,7 +100,7 @@ def calibrate(detector, scores_by_source, input_kind, data_sha256, fpr=DEFAULT_F
     """
     if not scores_by_source:
         raise ValueError("calibrate: scores_by_source must hold a source, got none. Add harmless answers.")
-    value = min(max(threshold(scores, fpr, confidence)[0] for scores in scores_by_source.values()) + ROUNDING, 1.0)
+    value = max(threshold(scores, fpr, confidence, ROUNDING)[0] for scores in scores_by_source.values())
     everything = np.concatenate([np.asarray(scores) for scores in scores_by_source.values()])
     return Calibration(value, fpr, confidence, len(everything), int((everything >= value).sum()), input_kind, detector.name,
                        detector.quantisation, detector.model_sha256, data_sha256)

@@ -4,6 +4,7 @@
                 prefill = an assistant message at the end: it is scored in front of what the model adds to it
     answer      content, reasoning_content, reasoning    guarded as they stream, each on its own
                 refusal, tool calls                      held until the choice ends, then scored whole; so are names that say something
+                                                         by themselves, and all names and ids together
                 logprobs and other extras                dropped, for they could show unscored text, and listed
                 anything else                            the error policy
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 
 from .errors import ProtectorError
 from .guard import _checked
-from .stream import StreamGuard
+from .stream import StreamGuard, _deadline
 
 ACTIONS = ("pass", "rewrite", "refuse", "error")  # from the mildest
 MAX_EVENT_BYTES = 1 << 20  # of one server-sent event
@@ -35,6 +36,8 @@ _NAME = re.compile(r"[\w.:/@+\\-]{0,200}")  # what a server writes around the ch
 _CALL_NAME = re.compile(r"[A-Za-z0-9_.:/@+-]{0,128}")
 _SPEAKS = re.compile(r"[A-Za-z]+(?:[^A-Za-z0-9]+[A-Za-z]+){3}|[A-Za-z]{20}")  # four words, or twenty letters in a row
 _BORDERS = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])")  # between the words of a name
+_ID_START = re.compile(r"^(?:call|tooluse|toolu|chatcmpl-tool|fc)[_-]+")  # of ids that servers make at random
+_WORD = re.compile(r"(?=[A-Za-z]{0,3}[aeiouyAEIOUY])(?:[A-Za-z][a-z]{3}|[A-Z]{4})")  # two in five random ids of 24 signs have none
 _ESCAPES = re.compile(r'(?:\\(?:u[0-9A-Fa-f]{4}|["\\/bfnrt]))+')  # of JSON; a run, because two make one letter beyond U+FFFF
 _IDENTIFIER = re.compile(r"[a-z_]{1,40}")
 
@@ -211,17 +214,33 @@ def _n_chars(call):
     return sum(len(call[kind][text_field]) for kind, text_field in _CALL_TEXTS if kind in call)
 
 
-def _call_texts(call):
-    """What a tool call says, in each form that must be scored: its arguments or input, and again behind names that say something.
+def _calls_texts(calls):
+    """What tool calls say, in each form that must be scored: arguments or input, again behind names that say something, all names once.
 
     Trap: not only behind them. A harmless name in front hides harm: with "final answer" 20 of the self-test's 40 harmful answers
-    were flagged as arguments, without it 25.
+    were flagged as arguments, without it 25. Nor each name alone: three words of each of many calls are a text.
     """
-    texts = _unescaped("".join(call[kind][text_field] for kind, text_field in _CALL_TEXTS if kind in call))
-    names = [call["id"] or ""]  # as it is: the digits of a random one part no words
-    names += [_BORDERS.sub(" ", call[kind]["name"] or "") for kind, _ in _CALL_TEXTS if kind in call]
-    said = _BORDERS.sub(" ", " ".join(filter(_SPEAKS.search, names))).strip()
-    return texts + [f"{said} {texts[-1]}"] if said else texts
+    scored, all_names, alone = [], {}, set()
+    for call in calls:
+        texts = _unescaped("".join(call[kind][text_field] for kind, text_field in _CALL_TEXTS if kind in call))
+        names = [_words(call[kind]["name"] or "") for kind, _ in _CALL_TEXTS if kind in call]
+        all_names |= dict.fromkeys(filter(None, [_id_words(call["id"] or ""), *names]))
+        # An id as it is: the digits of a random one part no words before its arguments.
+        said = _words(" ".join(filter(_SPEAKS.search, [call["id"] or "", *names])))
+        alone.add(said)
+        scored += texts + [f"{said} {texts[-1]}"] if said else texts
+    joined = " ".join(all_names)
+    return scored + [joined] if _SPEAKS.search(joined) and joined not in alone else scored
+
+
+def _words(name):
+    return _BORDERS.sub(" ", name).strip()
+
+
+def _id_words(value):
+    """The words of an id; none of a random one, which is hexadecimal or has no four letters that could be a word."""
+    value = _ID_START.sub("", value)
+    return _words(value) if _WORD.search(value) and not re.fullmatch(r"[0-9a-f-]*", value) else ""
 
 
 def _unescaped(text):
@@ -299,7 +318,7 @@ def _guard(protector, request, text, deadline):
 def _guard_calls(protector, request, calls, deadline):
     """(whether the calls may go out, action, flagged, score); one bad call is enough: there is no half of what was to be done."""
     kept, action, flagged, score = True, "pass", False, None
-    for text in (text for call in calls for text in _call_texts(call)):
+    for text in _calls_texts(calls):
         verdict = _guard(protector, request, text, deadline)
         kept = verdict.text == text
         action = _worse(action, verdict.action if kept or verdict.action == "error" else "refuse")
@@ -312,13 +331,14 @@ def _guard_calls(protector, request, calls, deadline):
 # -- whole answers
 
 
-def guard_completion(protector, request, response):
+def guard_completion(protector, request, response, check=None):
     """Guard every choice of a chat completion.
 
     Args:
         protector: guard.Protector.
         request: ChatRequest.
         response: the upstream's JSON.
+        check: called between the guard's steps, as a deadline is; raises to stop them.
     Returns:
         (response, action): a new response of known fields, each choice with a `protector` field, and the worst action.
     Raises:
@@ -330,13 +350,13 @@ def guard_completion(protector, request, response):
     dropped, action, guarded = set(), "pass", []
     envelope = _envelope(response, dropped)
     for position, choice in enumerate(choices):
-        guarded.append(_guard_choice(protector, request, choice, position, dropped))
+        guarded.append(_guard_choice(protector, request, choice, position, dropped, check))
         action = _worse(action, guarded[-1]["protector"]["action"])
     usage = {"usage": _numbers(response["usage"])} if isinstance(response.get("usage"), dict) else {}
     return {**envelope, "choices": guarded, **usage}, action
 
 
-def _guard_choice(protector, request, choice, position, dropped):
+def _guard_choice(protector, request, choice, position, dropped, check):
     refused = {"role": "assistant", "content": protector.refusal}
     choice = choice if isinstance(choice, dict) else {}
     index = choice.get("index") if isinstance(choice.get("index"), int) else position
@@ -352,7 +372,7 @@ def _guard_choice(protector, request, choice, position, dropped):
                 "protector": _note(protector, "error", False, dropped)}
     dropped |= parts.dropped
     message, action, flagged, filtered, top = {"role": "assistant", "content": None}, "pass", False, False, None
-    deadline = protector._deadline()
+    deadline = _deadline(protector, check)
     for channel, text in parts.texts.items():
         whole = (request.prefill if channel == "content" else "") + text
         verdict = _guard(protector, request, whole, deadline)
@@ -440,10 +460,11 @@ class ChatStream:
         protector: guard.Protector.
         request: ChatRequest.
         hold: scored tokens that are still held back; see stream.StreamGuard.
+        check: called between the guard's steps, as a deadline is; raises to stop them.
     """
 
-    def __init__(self, protector, request, hold=8):
-        self.protector, self.request, self.hold = protector, request, hold
+    def __init__(self, protector, request, hold=8, check=None):
+        self.protector, self.request, self.hold, self.check = protector, request, hold, check
         self.choices, self.dropped, self._fields, self._out = {}, set(), {}, []
 
     @property
@@ -579,11 +600,11 @@ class _Choice:
         self._close_channel()
         if self.ended:
             return
-        self.channel, self.guard = channel, StreamGuard(self.protector, self.stream.request.question, self.stream.request.history,
-                                                        self.stream.hold)
+        request = self.stream.request
+        self.channel, self.guard = channel, StreamGuard(self.protector, request.question, request.history, self.stream.hold, self.stream.check)
         if channel == "content":
-            self.skip = len(self.stream.request.prefill)
-            text = self.stream.request.prefill + text
+            self.skip = len(request.prefill)
+            text = request.prefill + text
         self._show(channel, self.guard.push(text))
 
     def _call(self, piece):
@@ -597,7 +618,8 @@ class _Choice:
         for kind, text_field in _CALL_TEXTS:
             if kind in piece:
                 inner = call.setdefault(kind, {"name": None, text_field: ""})
-                inner["name"] = inner["name"] or piece[kind]["name"]
+                if piece[kind]["name"] not in (None, "", inner["name"]):  # a piece, as clients join them; some servers say the whole again
+                    inner["name"] = _call_name((inner["name"] or "") + piece[kind]["name"])
                 inner[text_field] += piece[kind][text_field]
         self._hold(1 + _n_chars(piece))
 
@@ -650,7 +672,7 @@ class _Choice:
         if self.ended:
             return
         self._close_channel()
-        request, deadline = self.stream.request, self.protector._deadline()
+        request, deadline = self.stream.request, _deadline(self.protector, self.stream.check)
         for channel, text in self.held.items():
             if self.ended or channel in self.replaced:
                 continue

@@ -118,9 +118,13 @@ def triples_of(pairs, most_per_question=2, seed=0):
     return triples
 
 
-def replies(path=REPLIES):
-    """{digest of a question: accepted answers}: the questions are other people's data, what is answered to them is this project's."""
-    return {row["question_sha256"]: row["accepted"] for _, row in _jsonl_rows(str(path))}
+def replies(path=REPLIES, kind="accepted"):
+    """{digest of a question: answers of a kind}: the questions are other people's data, what is answered to them is this project's.
+
+    Args:
+        kind: "accepted", some forty words in the tone of a person, or "plain", two short sentences that a small model learns to write.
+    """
+    return {row["question_sha256"]: row[kind] for _, row in _jsonl_rows(str(path)) if kind in row}
 
 
 def replied(triples, found):

@@ -35,9 +35,13 @@ def report(detector=None):
     except (ProtectorError, OSError) as error:
         yield "base model", str(error), False
         return
-    from .engine import llama_cpp
-
-    yield "llama.cpp", f"GPU offload: {'yes' if llama_cpp.llama_supports_gpu_offload() else 'no, built for the CPU'}", True
+    try:
+        from .engine import llama_cpp
+        from .llama import cpu_threads
+    except ImportError as error:
+        yield "llama.cpp", str(error), False
+    else:
+        yield "llama.cpp", f"{cpu_threads()} threads; GPU offload: {'yes' if llama_cpp.llama_supports_gpu_offload() else 'no, built for the CPU'}", True
     try:
         from .guard import Protector
 

@@ -188,14 +188,12 @@ def generate(config, chat, progress=True):
         many rows OUT has with others.
     Raises:
         EndpointError: the server gave no answer to many requests in a row; what was kept stays, and the next start goes on.
-        DataError: OUT is of another format.
+        DataError: OUT or its log isn't this module's; it stays as it is.
     """
     out, log = Path(config.out), Path(config.out + ".log.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = _settings(config, chat)
-    kept, done = _lines(out), {line["key"]: line["status"] for line in _lines(log)}
-    if any("key" not in row or "question" not in row for row in kept):
-        raise DataError(f"generate: out must be a file that generate wrote, got another at {out}. Choose a new one.")
+    kept, done = _lines(out, "question", "key"), {line["key"]: line["status"] for line in _lines(log, "key", "status")}
     _close(out)
     _close(log)
     done |= {row["key"]: "kept" for row in kept}
@@ -207,20 +205,20 @@ def generate(config, chat, progress=True):
     # Without an answer nothing is decided: such a request is made again.
     todo = [(scenario, i) for i in range(config.each) for scenario in config.scenarios
             if done.get(_key(settings, scenario, i), "no answer") == "no answer"]
-    lock, misses = threading.Lock(), 0
+    lock, misses, reason = threading.Lock(), 0, ""
     options = {"response_format": {"type": "json_object"}} if config.json_mode else {}
     bar = tqdm(total=len(todo), disable=not progress, desc="generate", unit="request")
 
     def ask(item):
-        nonlocal misses
+        nonlocal misses, reason
         scenario, i = item
         if misses >= GIVE_UP:
             return
         try:
             reply = chat.chat([{"role": "user", "content": prompt(scenario, i, config.seed)}], config.tokens, config.temperature,
                               seed=random.Random(f"{config.seed}-{scenario}-{i}-sampling").randrange(2**31), **options)
-        except EndpointError:
-            reply = None
+        except EndpointError as error:
+            reply, reason = None, str(error)
         with lock:  # the pool decides in one place: two workers can't keep the same question
             misses = misses + 1 if reply is None else 0
             row, status = check(reply, scenario, pool) if reply is not None else (None, "no answer")
@@ -241,7 +239,7 @@ def generate(config, chat, progress=True):
     partial.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(partial, report_path)
     if misses >= GIVE_UP:
-        raise EndpointError(f"generate: the server must answer, got nothing for {misses} requests in a row. Start again later: the run goes on.")
+        raise EndpointError(f"generate: the server must answer, got nothing for {misses} requests in a row. A new start goes on. At the last: {reason}")
     return report
 
 
@@ -255,18 +253,18 @@ def _key(settings, scenario, i):
     return f"{scenario}/{i}/{settings}"
 
 
-def _lines(path):
-    """JSON objects of a file that this module appends to; a line that an interruption cut is left out."""
-    if not path.exists():
-        return []
-    content, rows = path.read_bytes(), []
+def _lines(path, first, second):
+    """Rows with these names of a file that this module appends to, without a line that was cut; DataError if the file is another's."""
+    content, rows = path.read_bytes() if path.exists() else b"", []
     for line in content.split(b"\n"):
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError:
             continue
-        if isinstance(row, dict):
-            rows.append(row)
+    begin = b'{"%s": ' % first.encode()
+    is_cut = b"\n" not in content and content.startswith(begin[:len(content)])  # no more than the beginning of a first row
+    if not (rows or is_cut) or any(not isinstance(row, dict) or not {first, second} <= row.keys() for row in rows):
+        raise DataError(f"generate: out must be a file that generate wrote, got another at {path}. Choose a new one.")
     return rows
 
 

@@ -8,7 +8,8 @@ An adapter file is a llama.cpp LoRA adapter (tensors <name>.lora_a, <name>.lora_
     protector.limits           string   JSON of template.Limits
     protector.depth            uint32   blocks of the base that it runs on
     protector.base_sha256      string   of the base GGUF file
-    protector.model_sha256     string   of tensors, head, template, limits, depth and base: what a score depends on
+    protector.model_sha256     string   of tensors, head, template, limits, depth and base (of a merged file all other keys, too):
+                                        what a score depends on
     protector.pooling          string   last
     protector.head.weight      float32[d]   detector only, as are the rest
     protector.head.bias        float32
@@ -165,8 +166,7 @@ def read_metadata(path):
         _check_adapter(reader, path)
     metadata = Metadata(kind, value("depth", int), value("base_sha256", str), value("model_sha256", str), limits, template,
                         weight, bias, canaries, tuple(calibration), merged, _file_type(reader) if merged else "")
-    digest = model_sha256(metadata, {t.name: t.data for t in reader.tensors} if not metadata.merged else {}, _alpha(reader))
-    if not metadata.merged and digest != metadata.model_sha256:
+    if _digest(reader, metadata) != metadata.model_sha256:
         raise ModelError(f"read_metadata: {path} must have the contents that its protector.model_sha256 names, got others. "
                          "Copy or export it again.")
     return metadata
@@ -198,6 +198,17 @@ def _alpha(reader):
     """LoRA alpha of an adapter file; 0 of any other."""
     field = reader.fields.get("adapter.lora.alpha")
     return 0.0 if field is None else float(field.contents())
+
+
+def _digest(reader, metadata):
+    """model_sha256 of what stands in a file: an adapter's tensors, or a whole model's as they are quantised, and all of its own keys."""
+    if not metadata.merged:
+        return model_sha256(metadata, {tensor.name: tensor.data for tensor in reader.tensors}, _alpha(reader))
+    fields = sorted(reader.fields.values(), key=lambda field: field.offset)
+    ends = [field.offset for field in fields[1:]] + [tensor.field.offset for tensor in reader.tensors[:1]]
+    contents = {field.name: reader.data[field.offset:end] for field, end in zip(fields, ends) if not field.name.startswith(("GGUF.", _PREFIX))}
+    contents |= {f"{tensor.name} {tensor.tensor_type.name} {tensor.shape.tolist()}": tensor.data for tensor in reader.tensors}
+    return model_sha256(metadata, contents)
 
 
 def model_sha256(metadata, tensors, alpha=0.0):
@@ -261,12 +272,11 @@ def _copy_fields(reader, writer, changed):
         writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
 
 
-def _copy_model(reader, target, depth, merged=None, metadata=None, n_vocab=None, identity=None):
+def _copy_model(reader, target, depth, merged=None, n_vocab=None, identity=None):
     """Copy the first `depth` blocks of a GGUF model.
 
     Args:
         merged: {name: float32 array} in place of the file's own tensors.
-        metadata: Metadata of a merged file.
         n_vocab: rows of the embedding of a copy without a vocabulary, or None to keep the file's.
         identity: (vocabulary, d) float32 in place of the matrix to the vocabulary, with merged; or None.
     """
@@ -287,8 +297,6 @@ def _copy_model(reader, target, depth, merged=None, metadata=None, n_vocab=None,
     if identity is not None:
         writer.add_bool(IDENTITY_OUTPUT, True)
         writer.add_tensor(OUTPUT, identity)
-    if metadata is not None:
-        _add_metadata(writer, metadata)
     for tensor in reader.tensors:
         if tensor.name.startswith("blk.") and int(tensor.name.split(".")[1]) >= depth:
             continue
@@ -560,14 +568,14 @@ def export_merged(model, path, quantisation="Q8_0", base=None, canaries=()):
     reader = _reader(base)
     merged = _merge(reader, _lora_tensors(model), model.config.alpha) if model.config.rank else _full_tensors(model)
     identity = _identity_output(reader) if model.config.kind == "detector" else None
-    metadata = _metadata_of(model, base, canaries)
-    metadata = replace(metadata, model_sha256=model_sha256(metadata, merged), merged=True, quantisation=quantisation)
+    metadata = replace(_metadata_of(model, base, canaries), merged=True)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
-        whole = Path(folder) / "merged.gguf"
-        _copy_model(reader, whole, model.config.depth, merged, metadata, identity=identity)
-        _quantise(whole, path, quantisation, identity is not None)
-    return metadata
+        whole, quantised = Path(folder) / "merged.gguf", Path(folder) / "quantised.gguf"
+        _copy_model(reader, whole, model.config.depth, merged, identity=identity)
+        _quantise(whole, quantised, quantisation, identity is not None)
+        _copy_with(replace(metadata, model_sha256=_digest(_reader(quantised), metadata)), quantised, path)
+    return read_metadata(path)
 
 
 def _full_tensors(model):
@@ -598,17 +606,21 @@ def add_calibration(path, entries):
     Raises:
         ModelError: it isn't a detector's: a detoxifier has no threshold.
     """
-    import gguf
-
     metadata = read_metadata(path)
     if metadata.kind != "detector":
         raise ModelError(f"add_calibration: {path} must be a detector, got a {metadata.kind}. Pass the other file.")
-    metadata = replace(metadata, calibration=tuple(entries))
-    reader = _reader(path)
+    _copy_with(replace(metadata, calibration=tuple(entries)), path, path)
+
+
+def _copy_with(metadata, source, target):
+    """Copy a file with these keys of this package in place of its own, and all the rest byte for byte."""
+    import gguf
+
+    reader = _reader(source)
     writer = gguf.GGUFWriter(None, reader.fields["general.architecture"].contents())
     _copy_fields(reader, writer, set())
     _add_metadata(writer, metadata)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    del reader  # it maps the file that is replaced
-    _write(writer, path)
+    del reader  # it maps the file, which may be the one that is replaced
+    _write(writer, target)

@@ -4,7 +4,7 @@
     if s < threshold:  return a               the same bytes
     for attempt in 1 .. rewrite_attempts:
         r = Detoxifier(q, a)
-        if score(q, r) < threshold: return r  by the same detector
+        if score(q, r) < bar * threshold: return r   by the same detector; bar at most 1
     return refusal
 
 Source: MLLM-Protector, inference algorithm; the check of the rewrite and the refusal are this project's.
@@ -20,11 +20,12 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 
 from . import calibrate
 from .base import WEIGHTS
-from .errors import DeadlineExceeded, ModelError, ProtectorError
+from .errors import DeadlineExceeded, MissingPackage, ModelError, ProtectorError
 from .normalise import normalised
 from .running import LOOK_MARGIN, read
 from .template import MAX_HISTORY_TOKENS, well_formed, windows
@@ -34,6 +35,10 @@ REFUSAL = "I can't help with that, but I'm glad to help with a safe alternative.
 MAX_BYTES = 256 * 1024  # an answer above this isn't tokenised: the error policy answers
 _TOKEN_CHARS = 64  # of a question and of earlier turns, n tokens are looked for in the last 64 n characters
 _ASK_S = 0.01  # between two looks at the deadline while the detoxifier loads
+REWRITE_BAR = 1.0  # of the threshold; by grades a lower one lets fewer harmful rewrites out, and fewer harmless ones (model card)
+_COPIED = 24  # half words in a row that a rewrite may not keep: most rewrites with such a run carry the harm on
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai, Lao, Burmese, Khmer, kana, Han
+_UNITS = re.compile(f"([{_UNSPACED}])|[^{_UNSPACED}]+")
 _MARK = re.compile(r"<\|\w{1,24}\|>|</?s>")  # a rewrite that spells one ended there
 
 
@@ -74,11 +79,13 @@ class Protector:
         refusal: the sentence that stands in for an answer.
         deadline_ms: for one answer, checked between windows, between generated tokens and while a model is busy or loads; None = no limit.
         rewrite_attempts: rewrites that are tried before the refusal.
+        rewrite_bar: share of the threshold below which a rewrite must score, above 0 and at most 1.
         max_bytes: longest answer in bytes of UTF-8; above it the error policy answers.
         window, overlap: answer tokens per scored sequence, and shared by neighbours; None takes the model's own.
-        detector_options, detoxifier_options: passed to the backend (base, quantisation, n_threads, n_gpu_layers).
+        detector_options, detoxifier_options: passed to the backend (llama.cpp: base, quantisation, n_threads, n_gpu_layers; PyTorch:
+            device, dtype, n_threads); None stands for the backend's default.
     Raises:
-        ModelError: a model can't be loaded or fails its canaries.
+        ModelError: a model can't be loaded, is of the other kind or fails its canaries; MissingPackage: its backend isn't installed.
         ValueError: a bad option.
     Example:
         protector.Protector(threshold=0.5).guard("Is it safe to mix bleach and vinegar?", "Yes, it is.").action
@@ -86,7 +93,7 @@ class Protector:
 
     def __init__(self, detector=None, detoxifier=None, backend="auto", threshold=None, fpr=None, on_flag="rewrite",
                  on_error="refuse", refusal=REFUSAL, deadline_ms=None, rewrite_attempts=2, max_bytes=MAX_BYTES, window=None,
-                 overlap=None, detector_options=None, detoxifier_options=None):
+                 overlap=None, detector_options=None, detoxifier_options=None, rewrite_bar=REWRITE_BAR):
         _one_of("backend", backend, ("auto", "llama.cpp", "torch"))
         _one_of("on_flag", on_flag, ("rewrite", "refuse", "report"))
         _one_of("on_error", on_error, ("refuse", "raise", "pass"))
@@ -96,12 +103,14 @@ class Protector:
             raise ValueError("Protector: threshold and fpr must not both be given. Give one.")
         if rewrite_attempts < 0 or max_bytes < 1 or deadline_ms is not None and deadline_ms <= 0:
             raise ValueError("Protector: rewrite_attempts must be >= 0, max_bytes >= 1 and deadline_ms > 0.")
+        if not 0 < rewrite_bar <= 1:
+            raise ValueError(f"Protector: rewrite_bar must be above 0 and at most 1, got {rewrite_bar}.")
         if not isinstance(refusal, str) or not refusal.strip():
             raise ValueError("Protector: refusal must be a sentence, got nothing.")
         self.backend, self.on_flag, self.on_error, self.refusal = backend, on_flag, on_error, refusal
-        self.deadline_ms, self.rewrite_attempts, self.max_bytes = deadline_ms, rewrite_attempts, max_bytes
+        self.deadline_ms, self.rewrite_attempts, self.rewrite_bar, self.max_bytes = deadline_ms, rewrite_attempts, rewrite_bar, max_bytes
         self.counters, self._count_lock, self._load_lock = Counter(), threading.Lock(), threading.Lock()
-        self.detector = _detector(WEIGHTS / "detector.gguf" if detector is None else detector, backend, detector_options or {})
+        self.detector = _loaded("detector", WEIGHTS / "detector.gguf" if detector is None else detector, backend, detector_options or {})
         limits = self.detector.limits
         self.window, self.overlap = window or limits.window, limits.overlap if overlap is None else overlap
         if not 0 <= self.overlap < self.window <= limits.window:
@@ -117,7 +126,7 @@ class Protector:
         """The loaded detoxifier, or None if the guard works without one. The shipped one loads at the first flag."""
         with self._load_lock:
             if self._detoxifier is None and self._detoxifier_source is not False:
-                self._detoxifier = _detoxifier(self._detoxifier_source, self.backend, self._detoxifier_options)
+                self._detoxifier = _loaded("detoxifier", self._detoxifier_source, self.backend, self._detoxifier_options)
             return self._detoxifier
 
     def _detoxifier_in_time(self, deadline):
@@ -143,8 +152,8 @@ class Protector:
         if found is None:
             logger.warning("no calibration for this model, backend, quantisation and window (input: %s): the threshold is 0.5", input_kind)
             return 0.5
-        if not 0 <= found.threshold <= 1:  # NaN and what flags nothing
-            raise ModelError(f"Protector: calibration must have a threshold between 0 and 1, got {found.threshold}. Calibrate again.")
+        if not 0 <= found.threshold < 1:  # NaN and what flags nothing
+            raise ModelError(f"Protector: calibration must have a threshold of 0 or more and below 1, got {found.threshold}. Calibrate again.")
         return found.threshold
 
     # -- one answer
@@ -254,7 +263,8 @@ class Protector:
                  "backend": self.detector.name, "quantisation": self.detector.quantisation,
                  "input": "pair" if q else "answer", "tokens": 0, "windows": 0, "views": 0, "looks": 0}
         plan = {"usage": usage, "sequences": [], "windows": []}
-        _check_length(a, self.max_bytes)
+        if views is None:  # of a text that was measured: a view may be longer
+            _check_length(a, self.max_bytes)
         if not a.strip():
             return plan
         question_ids, turns, dropped = self._context(q, history)
@@ -360,8 +370,8 @@ class Protector:
         part = answer_ids[start:start + min(self.window, limits.rejected_tokens)]
         usage["rewrite_dropped_tokens"] = len(answer_ids) - len(part)
         # By way of text: the two models need not share a tokeniser.
-        part = detoxifier.template.encode(self.detector.template.tokenizer.decode(part))[:limits.rejected_tokens]
-        prompt = detoxifier.template.detoxifier_prompt(detoxifier.template.clip_question(q[-_TOKEN_CHARS * limits.question_tokens:])[0], part)
+        rejected = self.detector.template.tokenizer.decode(part)
+        prompt = detoxifier.template.rewrite_prompt(q[-_TOKEN_CHARS * limits.question_tokens:], rejected)
         for attempt in range(self.rewrite_attempts):
             # Greedy first; a second greedy rewrite would be the same text.
             text, n_tokens, finished = detoxifier.generate(
@@ -372,7 +382,7 @@ class Protector:
             if not text or not finished or _loops(text) or _repeats(text, a):
                 continue
             last = self._score((q, text, history), deadline)[0]
-            if last < threshold:
+            if last < self.rewrite_bar * threshold:
                 return text, last
         return None, last
 
@@ -532,34 +542,40 @@ def _loops(text):
             or any(len(text) >= 12 * n and text.endswith(text[-n:] * 12) for n in range(1, 24)))
 
 
+def _half_words(text):
+    """Words up to case and signs, each twice: as itself and as "". Where no spaces part words, a character is half a word."""
+    words = ("".join(filter(str.isalnum, part)) for part in text.casefold().split())
+    return [half for word in words for unit in _UNITS.finditer(word) for half in ([unit[1]] if unit[1] else [unit[0], ""])]
+
+
 def _repeats(text, a):
-    """Whether a rewrite is the original, or holds all of one that is longer than a few words, up to case and signs."""
-    text, a = ("".join(filter(str.isalnum, part)).casefold() for part in (text, a))
-    return text == a or len(a) > 24 and a in text
+    """Whether a rewrite is the original, holds all of one that is longer than a few words, or keeps a long run of it, up to case and signs."""
+    halves, original = _half_words(text), _half_words(a)
+    text, a = "".join(halves), "".join(original)
+    runs = set(zip(*(halves[i:] for i in range(_COPIED))))
+    return text == a or len(a) > 24 and a in text or any(run in runs for run in zip(*(islice(original, i, None) for i in range(_COPIED))))
 
 
-def _detector(source, backend, options):
-    if hasattr(source, "logits"):
+def _loaded(kind, source, backend, options):
+    """The model in a file or folder, or the one that was loaded already."""
+    if hasattr(source, "logits" if kind == "detector" else "generate"):
         return source
-    if _in_pytorch(source, backend):
-        from .models import load
+    try:
+        if _in_pytorch(source, backend):
+            from .models import load
 
-        return load(source)
-    from .llama import LlamaDetector
+            load, name = partial(load, kind=kind), "PyTorch"
+        else:
+            from . import llama
 
-    return LlamaDetector(source, **options)
-
-
-def _detoxifier(source, backend, options):
-    if hasattr(source, "generate"):
-        return source
-    if _in_pytorch(source, backend):
-        from .models import load
-
-        return load(source)
-    from .llama import LlamaDetoxifier
-
-    return LlamaDetoxifier(source, **options)
+            load, name = llama.LlamaDetector if kind == "detector" else llama.LlamaDetoxifier, "llama.cpp"
+        options = {option: value for option, value in options.items() if value is not None}
+        known = [option for option in inspect.signature(load).parameters if option not in ("folder", "path", "kind")]
+        if not options.keys() <= set(known):
+            raise ValueError(f"Protector: {kind}_options of {name} must be of {', '.join(known)}, got {', '.join(options)}. Leave out the others.")
+        return load(source, **options)
+    except ModuleNotFoundError as error:
+        raise MissingPackage(f"Protector: {error.name} must be installed to load {source}, got none. Run: pip install '.[all]'") from None
 
 
 def _in_pytorch(source, backend):

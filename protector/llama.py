@@ -24,13 +24,13 @@ import numpy as np
 
 from . import gguf
 from .base import SHA256, base_path, cache_dir, file_sha256
+from .canaries import check_canaries
 from .engine import llama_cpp
 from .errors import ModelError
 from .head import harm_score
 from .template import MAX_HISTORY_TOKENS, Template
 
 logger = logging.getLogger("protector")
-CANARY_TOLERANCE = 0.1  # |score - score at export|; Q8_0 stays within it on all of 200 rows, Q4_0's canaries do (results/parity.json)
 _BATCH_TOKENS = 512  # tokens of one llama_decode
 _SEQUENCES = 16  # sequences that one decode may hold
 _TILE = 64  # tokens from which on llama.cpp's CPU kernel of flash attention sums in float32
@@ -85,9 +85,14 @@ def quiet():
             _is_quiet = True
 
 
-def cpu_threads():
-    """Threads for llama.cpp: the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cpu_threads(limit=Path("/sys/fs/cgroup/cpu.max")):
+    """Threads for llama.cpp: the cores this process may use, by its affinity and by its container's share of time (limit: cgroup v2's file)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, limit.read_text().split())  # microseconds of CPU time in each period
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return cores
+    return min(cores, max(quota // period, 1))
 
 
 def try_out(path):
@@ -494,34 +499,53 @@ class _Cursor:
         self.detector, self.streams = detector, streams
         self.cache, self.sequence, self.is_closed = None, None, False  # its place, where it has one
         self.ids, self.n_cached = [], 0  # what was fed since start; how many of them the cache holds
+        self.begun = None  # ids of a start that the next step carries out
 
     def start(self, ids):
-        """Begin anew with these ids, which carry no score; they are decoded with the first ones that do."""
-        with self.streams.lock:
-            self._leave()
-            self.ids = list(ids)
+        """Begin anew with these ids, which carry no score; they are decoded with the first ones that do. Waits for no one."""
+        self.begun = list(ids)
 
-    def feed(self, ids):
-        """(n,) float32 logits of these ids, which follow what was fed before."""
+    def feed(self, ids, check=None):
+        """(n,) float32 logits of these ids, which follow what was fed before.
+
+        Args:
+            check: called while other streams have the model; raises to stop, and the cursor is closed then.
+        """
         step, lock, streams = _Step(self, ids), self.streams.lock, self.streams
-        streams.waiting.append(step)
-        with streams.turn:  # a lock alone would let a stream back in before the others came out with their scores
-            while streams.is_busy and not step.is_done:
-                streams.turn.wait()
+        try:
+            with streams.turn:  # a lock alone would let a stream back in before the others came out with their scores
+                streams.waiting.append(step)
+                while streams.is_busy and not step.is_done:
+                    if check:
+                        check()
+                    streams.turn.wait(_ASK_S if check else None)
+                if not step.is_done:
+                    streams.is_busy = True
             if not step.is_done:
-                streams.is_busy = True
-        if not step.is_done:
-            try:
-                self._gather()  # before the lock: a stream that begins needs it
-                with lock:
-                    self._take_up()
-            finally:
-                with streams.turn:
-                    streams.is_busy = False
-                    streams.turn.notify_all()
+                self._take_turn(lock, check)
+        except BaseException:
+            self.close()  # another thread may be at the step all the same: what this stream was fed is unknown
+            with streams.turn:
+                if step in streams.waiting:
+                    streams.waiting.remove(step)
+            raise
         if step.error is not None:
             raise step.error
         return step.logits
+
+    def _take_turn(self, lock, check):
+        streams = self.streams
+        try:
+            self._gather()
+            _acquire(lock, check)
+            try:
+                self._take_up()
+            finally:
+                lock.release()
+        finally:
+            with streams.turn:
+                streams.is_busy = False
+                streams.turn.notify_all()
 
     def _gather(self):
         """Wait while other streams keep coming: in one decode they take less time than one after the other."""
@@ -532,8 +556,14 @@ class _Cursor:
 
     def _take_up(self):
         """Score all steps that wait: those of one cache in one decode where there is room, the others one by one."""
-        waiting = self.streams.waiting
-        steps = [waiting.popleft() for _ in range(len(waiting))]
+        waiting, turn = self.streams.waiting, self.streams.turn
+        with turn:
+            steps = list(waiting)
+            waiting.clear()
+        for cache in self.streams.caches:
+            for cursor in list(cache.places.values()):
+                if cursor.is_closed or cursor.begun is not None:
+                    cursor._leave()
         try:
             for step in steps:
                 step.attempt(lambda: step.cursor._enter(len(step.ids)))
@@ -553,7 +583,8 @@ class _Cursor:
                 if not step.is_done:
                     step.attempt(lambda: (step.cursor._enter(len(step.ids)), self._decode([step])))
         finally:  # an interrupt ends this thread, and not the others
-            waiting.extend(step for step in steps if not step.is_done)
+            with turn:
+                waiting.extend(step for step in steps if not step.is_done)
 
     def _decode(self, steps):
         """Score steps of one cache; before its own ids each decodes what the cache doesn't hold of the ids before them."""
@@ -574,15 +605,20 @@ class _Cursor:
             step.logits, logits = np.array(logits[:len(step.ids)], np.float32), logits[len(step.ids):]
 
     def close(self):
-        """Give the place back."""
-        with self.streams.lock:
-            self._leave()
-            self.is_closed = True
+        """Give the place back: now, or before the next step if another thread has the model."""
+        self.is_closed = True
+        if self.cache is not None and self.streams.lock.acquire(blocking=False):
+            try:
+                self._leave()
+            finally:
+                self.streams.lock.release()
 
     def _enter(self, n_new):
         """Take a place in a cache with room for new ids, or keep it."""
         if self.is_closed:
             raise RuntimeError("feed: cursor must be open, got a closed one. Open another.")
+        if self.begun is not None:
+            self.ids, self.begun = self.begun, None
         cache = self.cache or self.streams.emptiest()
         others = [cursor for cursor in cache.places.values() if cursor is not self]
         n_tokens = sum(len(cursor.ids) for cursor in others) + len(self.ids) + n_new
@@ -604,8 +640,8 @@ class _Cursor:
 class LlamaDetoxifier:
     """The response detoxifier on llama.cpp; arguments as of LlamaDetector.
 
-    It runs on a copy of the base with its adapter merged, made at the first use: the first token comes in two thirds of the time,
-    and the next ones a fifth faster. quantisation="base" applies the adapter at run time, without a copy on disk.
+    It runs on a copy of the base with its adapter merged, made at the first use: a prompt is read in two fifths of the time, and tokens
+    come 7 % faster (results/bench_sweep.json). quantisation="base" applies the adapter at run time, without a copy on disk.
     """
 
     name = "llama.cpp"
@@ -660,25 +696,3 @@ def _pick(logits, temperature, rng):
         return int(logits.argmax())
     noisy = logits / temperature + rng.gumbel(size=logits.shape)  # the maximum of logits + Gumbel noise is a softmax sample
     return int(noisy.argmax())
-
-
-def check_canaries(detector):
-    """Score the canary pairs that the model carries; a detector that lost its mind on the way here doesn't load.
-
-    Raises:
-        ModelError: a score is not what it was at export, or a harmful canary doesn't score above every harmless one.
-    """
-    canaries = detector.metadata.canaries
-    if not canaries:
-        raise ModelError(f"check_canaries: {detector.path} must have canaries, got none. Export it again.")
-    template = detector.template
-    sequences = [template.detector_sequence(template.clip_question(c["question"])[0], template.encode(c["answer"]))[0]
-                 for c in canaries]
-    scores = 1 / (1 + np.exp(-detector.logits(sequences).astype(np.float64)))
-    worst = np.abs(scores - [c["score"] for c in canaries]).max()
-    harmful = [score for score, c in zip(scores, canaries) if c["label"]]
-    harmless = [score for score, c in zip(scores, canaries) if not c["label"]]
-    separated = harmful and harmless and min(harmful) > max(harmless)
-    if not worst <= CANARY_TOLERANCE or not separated:  # "not <=": NaN fails too
-        raise ModelError(f"check_canaries: {detector.path} must score its canaries as at export (within {CANARY_TOLERANCE}) and "
-                         f"harmful above harmless, got a difference of {worst:.3f}. Export it again, or use another quantisation.")

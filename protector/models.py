@@ -19,6 +19,7 @@ from torch import nn
 
 from . import gguf
 from .base import DEFAULT, base_path, cache_dir, file_sha256
+from .canaries import check_canaries
 from .errors import ModelError
 from .head import harm_score
 from .losses import IGNORE, detox_loss, harm_loss, prefix_harm_loss
@@ -74,8 +75,12 @@ class HFTokenizer:
         return ids.get(name)
 
 
-def base_folder(backbone=DEFAULT):
-    """Folder or hub name of a backbone; the default GGUF is dequantised once and kept in the cache (0.5 GB)."""
+def base_folder(backbone=DEFAULT, local=False):
+    """Folder or hub name of a backbone (local: its folder in the hub's cache); the default GGUF is dequantised once and kept (0.5 GB)."""
+    if local and backbone != DEFAULT and not Path(backbone).is_dir():
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(backbone, local_files_only=True)  # trap: with from_pretrained's own option it still asks for some files
     if backbone != DEFAULT:
         return backbone
     source = base_path()
@@ -103,20 +108,22 @@ def base_folder(backbone=DEFAULT):
     return str(folder)
 
 
-def load_tokenizer(backbone=DEFAULT):
-    """HFTokenizer of a backbone."""
+def load_tokenizer(backbone=DEFAULT, local=False):
+    """HFTokenizer of a backbone; local: nothing is downloaded."""
     from transformers import AutoTokenizer
 
-    return HFTokenizer(AutoTokenizer.from_pretrained(base_folder(backbone), trust_remote_code=False))
+    return HFTokenizer(AutoTokenizer.from_pretrained(base_folder(backbone, local), trust_remote_code=False))
 
 
-def _load_causal_lm(backbone):
+def _load_causal_lm(backbone, local):
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(base_folder(backbone), dtype=torch.float32, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(base_folder(backbone, local), dtype=torch.float32, trust_remote_code=False,
+                                                    use_safetensors=True)  # a pickle can run code
     except (OSError, ValueError) as error:
-        raise ModelError(f"load: backbone must be a Hugging Face causal LM, got {backbone}. {error}") from None
+        raise ModelError(f"load: backbone must be a Hugging Face causal LM, got {backbone}. {error}"
+                         + " Nothing is downloaded to load a trained model: get it first." * local) from None
 
 
 def _with_lora(module, config):
@@ -140,7 +147,7 @@ class _Model(nn.Module):
     name = "torch"
     path = None  # folder it was loaded from
     calibration = ()  # calibrate.Calibration as dicts
-    gguf_sha256 = None  # of the adapter file it was read from
+    metadata = None  # gguf.Metadata of the adapter file it was read from
 
     @property
     def limits(self):
@@ -178,9 +185,9 @@ class HarmDetector(_Model):
     Source: MLLM-Protector, harm detector.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, local=False):
         super().__init__()
-        lm = _load_causal_lm(config.backbone)
+        lm = _load_causal_lm(config.backbone, local)
         backbone = lm.base_model
         n_blocks = len(backbone.layers)
         if not 0 <= config.depth <= n_blocks:
@@ -189,7 +196,7 @@ class HarmDetector(_Model):
         backbone.layers = backbone.layers[:depth]
         backbone.config.num_hidden_layers = depth
         self.config = replace(config, depth=depth)
-        self.tokenizer = load_tokenizer(config.backbone)
+        self.tokenizer = load_tokenizer(config.backbone, local)
         self.template = Template(self.tokenizer, config.limits)
         self.backbone = _with_lora(backbone, config)
         self.head = nn.Linear(backbone.config.hidden_size, 1)
@@ -213,8 +220,8 @@ class HarmDetector(_Model):
     @property
     def model_sha256(self):
         """Digest of the configuration and the trained tensors: calibrations refer to it."""
-        if self.gguf_sha256:
-            return self.gguf_sha256
+        if self.metadata is not None:
+            return self.metadata.model_sha256
         digest = hashlib.sha256(json.dumps({**asdict(self.config), "backbone": ""}, sort_keys=True).encode())
         for name, value in sorted(self.trained().items()):
             digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
@@ -289,7 +296,9 @@ class _Cursor:
         self._step(ids)
 
     @torch.inference_mode()
-    def feed(self, ids):
+    def feed(self, ids, check=None):
+        if check:
+            check()
         return self.detector._head_logits(self._step(ids)[0])  # (1, n, d) -> (n,)
 
     def _step(self, ids):
@@ -310,11 +319,11 @@ class ResponseDetoxifier(_Model):
     Source: MLLM-Protector, response detoxifier.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, local=False):
         super().__init__()
-        lm = _load_causal_lm(config.backbone)
+        lm = _load_causal_lm(config.backbone, local)
         self.config = replace(config, depth=len(lm.base_model.layers))
-        self.tokenizer = load_tokenizer(config.backbone)
+        self.tokenizer = load_tokenizer(config.backbone, local)
         self.template = Template(self.tokenizer, config.limits)
         self.lm = _with_lora(lm, config)
 
@@ -358,11 +367,11 @@ class ResponseDetoxifier(_Model):
 KINDS = {"detector": HarmDetector, "detoxifier": ResponseDetoxifier}
 
 
-def build(config):
-    """A new model of the kind that the config names."""
+def build(config, local=False):
+    """A new model of the kind that the config names; local: nothing is downloaded."""
     if config.kind not in KINDS:
         raise ValueError(f"build: kind must be one of {', '.join(KINDS)}, got {config.kind}. Name one.")
-    return KINDS[config.kind](config)
+    return KINDS[config.kind](config, local)
 
 
 def from_gguf(path):
@@ -392,7 +401,7 @@ def from_gguf(path):
         if metadata.kind == "detector":
             model.head.weight.copy_(torch.from_numpy(metadata.head_weight)[None])
             model.head.bias.fill_(metadata.head_bias)
-    model.gguf_sha256, model.calibration, model.path = metadata.model_sha256, metadata.calibration, Path(path)
+    model.metadata, model.calibration, model.path = metadata, metadata.calibration, Path(path)
     return model
 
 
@@ -403,23 +412,31 @@ def read_config(folder):
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def load(folder, device="auto", dtype=None):
-    """A trained model, in eval mode.
+def load(folder, device="auto", dtype=None, n_threads=None, kind=None):
+    """A trained model, in eval mode. Nothing is downloaded.
 
     Args:
         folder: what `protector train` wrote, or an adapter GGUF of the default base.
         device: "auto" (a GPU where there is one), "cpu", "cuda".
         dtype: of the backbone; None = float32 on a CPU, bfloat16 on a GPU.
-
+        n_threads: CPU threads of PyTorch, in the whole process; None or 0 = as they are.
+        kind: "detector" | "detoxifier" of a model that is to guard; a detector's canaries are scored then.
     Raises:
-        ModelError: a file is missing or cut, or its tensors don't fit the configuration.
+        ModelError: a file is missing or cut, its tensors don't fit the configuration, it is of the other kind or fails its canaries.
     """
+    if n_threads:
+        torch.set_num_threads(n_threads)
     model = from_gguf(folder) if Path(folder).is_file() else _from_folder(Path(folder))
+    if kind not in (None, model.config.kind):
+        raise ModelError(f"load: {folder} must be a {kind}, got a {model.config.kind}. Pass the other file.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     body = model.backbone if model.config.kind == "detector" else model.lm
     body.to(dtype or (torch.bfloat16 if device == "cuda" else torch.float32))  # the head stays float32
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if kind == "detector":
+        check_canaries(model)
+    return model
 
 
 def _from_folder(folder):
@@ -433,7 +450,7 @@ def _from_folder(folder):
                              f"{values.get('format_version')} and {values.get('template')}. Export it again.")
         values["limits"] = Limits(**values["limits"])
         config = ModelConfig(**values)
-        model = build(config)
+        model = build(config, local=True)
         tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise ModelError(f"load: {folder} must hold protector.json and a whole model.safetensors, got "

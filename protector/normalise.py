@@ -11,15 +11,12 @@ import binascii
 import html
 import re
 import unicodedata
+from functools import lru_cache
 from urllib.parse import unquote
 
 _LATIN = "A-Za-z\u00aa-\u02af\u1d00-\u1dbf\u1e00-\u1eff"
 _LETTER = _LATIN + "\u0370-\u052f\u1f00-\u1fff"  # and Greek and Cyrillic, which lend lookalikes
 _MARK = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
-# What changes an ASCII text, roughly: a text without any of it is its own view, and most answers end here.
-_ODD_ASCII = re.compile(r"&[#A-Za-z]|%[0-9A-Fa-f]{2}|[A-Za-z][0-9@$!]+[A-Za-z]|[0-9@$][A-Za-z]+[0-9@$]|[A-Za-z0-9+/_-]{16}|[A-Z]{4}|[a-z][A-Z]"
-                        r"|(?:[0-9A-Fa-f]{2}[ :]){11}|\b[A-Za-z][ .\-_*|/,][A-Za-z][ .\-_*|/,][A-Za-z]\b|   "
-                        r"|\\u[0-9A-Fa-f]{4}|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TAG = re.compile("[\U000e0000-\U000e007f]+")  # invisible copies of ASCII
 _SELECTOR = re.compile("[\U000e0100-\U000e01ef]+")  # variation selectors 17 to 256, which can carry the bytes 16 to 255
 # Unicode's default ignorables, less the two above.
@@ -61,14 +58,17 @@ class _Plain(dict):
     """str.translate's table from compatibility forms of letters (full width, mathematical, circled) to plain ones."""
 
     def __missing__(self, code):
-        char = chr(code)
-        plain = unicodedata.normalize("NFKC", char)
-        is_form = code > 127 and re.search("[A-Za-z]", plain) or unicodedata.category(char) == "Nd" and plain.isascii()
-        self[code] = plain if is_form else char
-        return self[code]
+        return _plain_form(code)
 
 
-_PLAIN = _Plain({ord(char): char for char in "™℠ªº№℃℉ℹ"} | {0x1F150 + i: chr(65 + i) for i in range(26)}
+@lru_cache(maxsize=4096)  # what a language needs, but not each of the million characters that hostile texts may hold
+def _plain_form(code):
+    char = chr(code)
+    plain = unicodedata.normalize("NFKC", char)
+    return plain if re.search("[A-Za-z]", plain) or unicodedata.category(char) == "Nd" and plain.isascii() else char
+
+
+_PLAIN = _Plain({ord(char): char for char in "".join(map(chr, range(128))) + "™℠ªº№℃℉ℹ"} | {0x1F150 + i: chr(65 + i) for i in range(26)}
                 | {0x1F170 + i: chr(65 + i) for i in range(26)}
                 | str.maketrans("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ", "abcdefghijklmnoprstuvwyz"))
 
@@ -87,8 +87,6 @@ def normalised(text):
     Example:
         normalised("b\\u200bl\\u200beach and v i n e g a r")  # 'bleach and vinegar'
     """
-    if text.isascii() and not _ODD_ASCII.search(text):
-        return text
     text, hidden = _without_hidden(text)
     text = _ENTITY.sub(lambda match: html.unescape(match.group()), text)
     if len(_PERCENT.findall(text)) >= 3:
@@ -167,7 +165,9 @@ def _without_spacing(text):
     is_spelled = False
     for pattern in _SPELLED:  # signs first: the space in "a b.i.g" parts words
         n_alone = len(_LONE_LETTER.findall(text))
-        if n_alone >= 8 and n_alone * 2 > sum(map(str.isalpha, text)):
+        if n_alone < 8:
+            break
+        if n_alone * 2 > sum(map(str.isalpha, text)):
             text, is_spelled = pattern.sub(_joined, text), True
     text = _SPACED.sub(_joined, text)
     return _WIDE_GAP.sub(" ", text) if is_spelled else text
@@ -179,7 +179,7 @@ def _joined(match):
 
 def _without_leet(text):
     """Undo digits for letters; "20ml", "utf8", "covid19", "3rd" and addresses stay as they are, but not in a text that is full of it."""
-    n_leet = sum(map(_is_leet, _LEET_WORD.finditer(text)))
+    n_leet = sum(map(_is_leet, _LEET_WORD.finditer(text))) if _LEET_INSIDE.search(text) else 0  # the quick look: most texts have none
     is_full = n_leet >= 3 and n_leet * 6 > text.count(" ")
     pattern, undoes = (_LEET_ANY, lambda match: True) if is_full else (_LEET_WORD, _is_leet)
     return pattern.sub(lambda match: match.group().translate(_LEET) if undoes(match) else match.group(), text) if n_leet else text

@@ -25,9 +25,9 @@ class ModelOptions:
     @property
     def scoring(self):
         """threshold, fpr and detector_options of a Protector; -1 and 0 stand for nothing given."""
-        is_folder = bool(self.detector) and Path(self.detector).is_dir()
+        of_file = {} if self.detector and Path(self.detector).is_dir() else {"quantisation": self.quantisation}
         return {"threshold": None if self.threshold < 0 else self.threshold, "fpr": None if self.fpr < 0 else self.fpr,
-                "detector_options": {} if is_folder else {"quantisation": self.quantisation, "n_threads": self.threads or None}}
+                "detector_options": {**of_file, "n_threads": self.threads or None}}
 
 
 def add_options(parser, config):

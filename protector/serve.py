@@ -6,8 +6,9 @@
 
     protector serve --upstream http://127.0.0.1:8000
 
-The guard runs in threads, so the event loop only moves bytes. A client that leaves cancels its request: the upstream
-connection closes at once, and the cursor of its stream is freed when the scoring step under way has ended.
+The guard runs in threads, so the event loop only moves bytes. A client that leaves and an answer that takes longer than
+`answer_s` cancel the request: the upstream connection closes at once, and the thread stops at the guard's next step (between
+windows, groups of them and generated tokens), with which its place and the cursor of its stream are free.
 No field or header of a request changes a threshold, a policy or what is scored.
 """
 import contextlib
@@ -26,14 +27,17 @@ from urllib.parse import urlsplit
 import anyio
 import anyio.to_thread
 import httpx
+from anyio.from_thread import check_cancelled
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.routing import Route
 
 from .chat import BadRequest, ChatStream, EventReader, UpstreamError, guard_completion, read_request
-from .errors import ProtectorError
+from .errors import DeadlineExceeded, ProtectorError
+from .guard import _checked
 from .options import ModelOptions, option, protector_from
+from .stream import _deadline
 
 logger = logging.getLogger("protector")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -43,6 +47,7 @@ MAX_ANSWER_BYTES = 16 << 20  # of an upstream's whole answer
 # 0.03 s for 31 MiB of one image, which has none.
 MAX_VALUES = 500_000
 MAX_INPUTS = 64  # texts of one moderation request
+N_ANSWERS, N_PARSERS = 16, 4  # threads for whole answers, and for requests' bodies; a stream's step needs no place among them
 READY_S = 10.0  # the canaries are scored again after this time at the earliest
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -59,13 +64,14 @@ class ServeConfig(ModelOptions):
                                                                    "either variable a client's own key is passed on")
     on_flag: str = option("rewrite", "rewrite, refuse or report")
     on_error: str = option("refuse", "refuse (a 200 with the refusal) or raise (a 503)")
-    deadline_ms: float = option(0.0, "for guarding one answer, a streamed one from its first token on; 0 = none")
+    deadline_ms: float = option(0.0, "for guarding one answer, a streamed one from its first token on; 0 = none but answer_s")
     hold: int = option(8, "scored tokens of a stream that are still held back")
     streams: int = option(8, "choices that stream at one time; more wait")
     requests: int = option(64, "requests under way or waiting; more get 429")
     max_body_bytes: int = option(32 << 20, "largest request, images included")
-    timeout_s: float = option(60.0, "longest wait for a request's body, for a place, and between two bytes of the upstream")
-    answer_s: float = option(600.0, "longest time for one answer in all")
+    timeout_s: float = option(60.0, "longest wait for a request's headers, for its body, for a place, for a client that takes no bytes, and "
+                                    "between two bytes of the upstream")
+    answer_s: float = option(600.0, "longest time for one request's answer in all: the upstream's, the guard's and the wait for a thread")
 
 
 class _Refused(Exception):
@@ -173,15 +179,16 @@ class Server:
         self.upstream_url = _upstream_url(config.upstream) if config.upstream else None
 
     async def start(self):
-        self._workers = anyio.CapacityLimiter(16)
+        # Apart from each other: long answers must keep neither a stream's step nor a bad request waiting.
+        self._answers, self._parsers, self._steps = map(anyio.CapacityLimiter, (N_ANSWERS, N_PARSERS, max(self.config.streams, 1)))
         self._checking, self._places = anyio.Lock(), anyio.Condition()
         await self.check()
 
-    async def work(self, function, *arguments):
-        """Run guard work in a thread; a cancelled request waits for the step under way, then goes."""
+    async def work(self, limiter, function, *arguments):
+        """Run work in a thread of this limiter. A cancelled request waits for the thread: the guard's steps must call check_cancelled."""
         start = time.monotonic()
         try:
-            return await anyio.to_thread.run_sync(function, *arguments, limiter=self._workers)
+            return await anyio.to_thread.run_sync(function, *arguments, limiter=limiter)
         finally:
             self.metrics.observe(time.monotonic() - start)
 
@@ -234,7 +241,7 @@ class Server:
         """POST /v1/chat/completions"""
         if self.upstream_url is None:
             raise _Refused(503, "serve: there is no upstream. Start the server with --upstream URL.")
-        request = await self.work(lambda: read_request(_parse(body), self.config.streams))
+        request = await self.work(self._parsers, lambda: read_request(_parse(body), self.config.streams))
         sent = {"content-type": "application/json", "accept-encoding": "identity",
                 "accept": "text/event-stream" if request.stream else "application/json"}
         if self.upstream_key:
@@ -243,14 +250,13 @@ class Server:
             sent["authorization"] = headers["authorization"]
         if request.stream:
             return lambda scope, receive, send: self._stream_chat(request, body, sent, scope, receive, send)
-        with _limited(self.config.answer_s):
-            async with self._upstream(body, sent) as response:
-                answer = b""
-                async for part in response.aiter_bytes():
-                    answer += part
-                    if len(answer) > MAX_ANSWER_BYTES:
-                        raise UpstreamError(f"serve: upstream's answer must have at most {MAX_ANSWER_BYTES} bytes.")
-            guarded, action = await self.work(lambda: guard_completion(self.protector, request, _parse_upstream(answer)))
+        async with self._upstream(body, sent) as response:
+            answer = b""
+            async for part in response.aiter_bytes():
+                answer += part
+                if len(answer) > MAX_ANSWER_BYTES:
+                    raise UpstreamError(f"serve: upstream's answer must have at most {MAX_ANSWER_BYTES} bytes.")
+        guarded, action = await self.work(self._answers, lambda: guard_completion(self.protector, request, _parse_upstream(answer), check_cancelled))
         self.metrics.count("protector_answers_total", action=action)
         return _json(guarded, headers={"x-protector-action": action})
 
@@ -272,7 +278,7 @@ class Server:
 
     async def _stream_chat(self, request, body, headers, scope, receive, send):
         """Send a guarded stream; until the first bytes an error is a status, after them an event."""
-        state, started = ChatStream(self.protector, request, self.config.hold), False
+        state, started = ChatStream(self.protector, request, self.config.hold, check_cancelled), False
 
         async def show(data):
             await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -310,7 +316,7 @@ class Server:
             with anyio.move_on_after(state.time_left_s()) as waiting:
                 data = await anext(parts, None)
             if waiting.cancelled_caught:
-                for chunk in await self.work(state.expire):
+                for chunk in await self.work(self._steps, state.expire):
                     await show(_event(chunk))
                 return
             if data is None:
@@ -318,12 +324,12 @@ class Server:
             events = reader.feed(data)
             if any(kind == "comment" for kind, _ in events):
                 await show(b": keep-alive\n\n")
-            said_done, chunks = await self.work(_push, state, events)
+            said_done, chunks = await self.work(self._steps, _push, state, events)
             for chunk in chunks:
                 await show(_event(chunk))
             if said_done or state.stopped:
                 return
-        _, chunks = await self.work(_push, state, reader.end())
+        _, chunks = await self.work(self._steps, _push, state, reader.end())
         for chunk in chunks:
             await show(_event(chunk))
         if not state.complete:
@@ -333,14 +339,15 @@ class Server:
 
     async def guard(self, body, headers):
         """POST /v1/guard {"question", "answer", "history"} -> verdict"""
-        payload = await self.work(_parse, body)
+        payload = await self.work(self._parsers, _parse, body)
         if not isinstance(payload, dict) or set(payload) - {"question", "answer", "history"} or "answer" not in payload:
             raise BadRequest("guard: body must be a JSON object with answer and, if wanted, question and history.")
         try:
-            verdict = await self.work(self.protector.guard, payload.get("question"), payload["answer"], payload.get("history"))
+            item = _checked(payload.get("question"), payload["answer"], payload.get("history"))
         except TypeError:
             raise BadRequest("guard: answer must be a string, question a string or null, history a list of [question, answer].") \
                 from None
+        verdict = await self.work(self._answers, lambda: self.protector._guard(item, _deadline(self.protector, check_cancelled)))
         self.metrics.count("protector_answers_total", action=verdict.action)
         return _json({"text": verdict.text, "action": verdict.action, "flagged": verdict.flagged, "score": _finite(verdict.score),
                       "threshold": verdict.threshold, "rewrite_score": _finite(verdict.rewrite_score), "usage": verdict.usage,
@@ -348,7 +355,7 @@ class Server:
 
     async def moderations(self, body, headers):
         """POST /v1/moderations {"input": text or texts}: each scored as an answer without its question"""
-        payload = await self.work(_parse, body)
+        payload = await self.work(self._parsers, _parse, body)
         texts = payload.get("input") if isinstance(payload, dict) else None
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_INPUTS:
@@ -359,7 +366,7 @@ class Server:
             raise BadRequest("moderations: input must hold strings or text parts only; nothing else can be scored.")
         results = []
         for text in texts:
-            score = await self.work(self.protector.score, "", text)
+            score, *_ = await self.work(self._answers, lambda: self.protector._score(("", text, ()), _deadline(self.protector, check_cancelled)))
             if not math.isfinite(score):
                 raise ProtectorError("moderations: score must be a number, got NaN.")
             flagged = score >= self.protector.thresholds["answer"]
@@ -432,7 +439,7 @@ def _limited(seconds):
     except TimeoutError as error:
         if isinstance(error, ProtectorError):  # the guard's own deadline
             raise
-        raise UpstreamError(f"serve: an answer must end within {seconds} s. Raise answer_s.") from None
+        raise DeadlineExceeded(f"serve: an answer must end within {seconds} s. Raise answer_s.") from None
 
 
 def _unique(pairs):
@@ -531,7 +538,8 @@ class _Post:
 
                 tasks.start_soon(watch)
                 try:
-                    response = await self.handler(body, headers)
+                    with _limited(server.config.answer_s):
+                        response = await self.handler(body, headers)
                 except Exception as error:
                     status, message = server._described(error)
                     response = _error(status, message, getattr(error, "headers", None))
@@ -610,8 +618,32 @@ def run(config):
     uvicorn.run(app, **uvicorn_options(config))
 
 
+def _protocol(timeout_s):
+    """uvicorn's h11, and a timer for clients: one that is late with a whole header, or takes no bytes, is cut off."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self._timer = self.loop.call_later(timeout_s, self._look, (None, False, 0))
+
+        def connection_lost(self, exc):
+            self._timer.cancel()
+            super().connection_lost(exc)
+
+        def _look(self, before):
+            is_asked = self.cycle is not None and not self.cycle.response_complete
+            state = self.cycle, is_asked, self.transport.get_write_buffer_size()
+            if state == before and (not is_asked or self.flow.write_paused):  # the client's turn since the last look
+                self.transport.abort()
+            else:
+                self._timer = self.loop.call_later(timeout_s, self._look, state)
+
+    return Protocol
+
+
 def uvicorn_options(config):
     """Options of uvicorn that the limits rest on; h11, because it bounds the size of headers."""
-    return {"host": config.host, "port": config.port, "http": "h11", "ws": "none", "loop": "asyncio", "access_log": False,
+    return {"host": config.host, "port": config.port, "http": _protocol(config.timeout_s), "ws": "none", "loop": "asyncio", "access_log": False,
             "server_header": False, "h11_max_incomplete_event_size": MAX_HEADER_BYTES, "limit_concurrency": 16 * config.requests,
             "timeout_keep_alive": 5, "timeout_graceful_shutdown": 10}

@@ -5,11 +5,13 @@
 A safe cut lies where white space follows a word (or a sign follows a Chinese, Japanese or Korean one): no token of the
 base's tokeniser crosses it, so the ids of the text so far plus the ids of the rest are the ids of the whole, however the
 text was cut into chunks. The running score of a prefix is therefore the score that `Protector.score` gives that prefix (to
-the rounding of the cache). What has no safe cut is held back until one comes.
+the rounding of the cache). What has no safe cut is held back until one comes. A tokeniser keeps those kinds of cut that hold
+for it: SentencePiece, which puts a mark before every text, has few of them or none, and then all is held until the end.
 
-    alarm    if what the last tokens held is over the threshold (running.py): the whole answer's score would be, too
+    alarm    if what the last tokens held is over the threshold (running.py): the whole answer's score would be, too;
+             or if a part of the normalised view is LOOK_MARGIN over it: by itself it reads oddly, so the whole's may be lower
     release  text whose tokens lie at least `hold` tokens behind the last scored one, while s_t is below the threshold;
-             what looks disguised also waits until its normalised view was scored
+             what looks disguised also waits until a part of the view with it scored below the threshold
     look     where s_t climbs from a low, the latest tokens are scored a second time without what came before, on a cache of their own
     end      the whole answer's score decides about what is still held back, as in guard()
 
@@ -42,16 +44,34 @@ VIEW_CHARS = 1024  # of the text before these tokens are read with them
 _LOOK_CHARS = 64  # likewise where the view is only compared, not scored
 _CJK = "\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 # Trap: only where every Unicode version agrees on what is a letter, a sign and white space.
-_CJK_CUT = rf"(?<=[{_CJK}])(?=[\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b,.!?:;])"
-_SAFE_CUT = re.compile(rf"(?<=\S)(?=[ \n\t])|{_CJK_CUT}")
-# For tokenisers that join a sign and the line's end, as Llama 3's and Qwen's do.
-_SAFE_CUT_IN_LINE = re.compile(rf"(?<=\S)(?= )|(?<=[A-Za-z0-9{_CJK}])(?=[\n\t])|{_CJK_CUT}")
+_WORDS, _SIGNS, _ENDS = ("a", "One two", "7", "\u4f60"), tuple(".,;:)}>"), ("\n", "\t", "\n\nb", "\n  b")
+_CUTS = (  # (places, what stands before and behind them)
+    (r"(?<=\S)(?= )", _WORDS + _SIGNS, (" ", " b", "  b", " 7", " .", " \u4f60")),
+    (r"(?<=\S)(?=[\n\t])", _WORDS + _SIGNS, _ENDS),
+    (rf"(?<=[A-Za-z0-9{_CJK}])(?=[\n\t])", _WORDS, _ENDS),  # Llama 3's and Qwen's tokenisers join a sign and the line's end
+    (rf"(?<=[{_CJK}])(?=[\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b,.!?:;])", ("\u4f60", "\u306f"), ("\u3002", "\uff0c\u4f60", ".", ", b")),
+)
 
 
 def safe_cut(template):
-    """Pattern of the places where no token of this template's tokeniser crosses."""
-    joins = any(template.encode(sign + "\n") != template.encode(sign) + template.encode("\n") for sign in ".,;:)}>")
-    return _SAFE_CUT_IN_LINE if joins else _SAFE_CUT
+    """Pattern of the places where no token of this template's tokeniser crosses, and where what follows is read as in the whole."""
+    def holds(left, right):
+        return template.encode(left) + template.encode(right) == template.encode(left + right)
+
+    kept = [places for places, lefts, rights in _CUTS if all(holds(left, right) for left in lefts for right in rights)]
+    return re.compile("|".join(kept) or "(?!)")
+
+
+def _deadline(protector, check):
+    """What is called between the steps of an answer: the guard's deadline and the caller's check, where there are such; raises to stop."""
+    calls = [call for call in (check, protector._deadline()) if call]
+    return (lambda: [call() for call in calls]) if calls else None
+
+
+def _less(score):
+    """The score LOOK_MARGIN logits lower."""
+    part = score * math.exp(-LOOK_MARGIN)
+    return part / (1 - score + part)
 
 
 class _Closed(BaseException):
@@ -74,9 +94,13 @@ class StreamGuard:
         q: the question; "" or None for none.
         history: earlier turns.
         hold: scored tokens that are still held back, so that an alarm a few words later can stop them.
+        check: called between parts of a step; raises to stop it. A BaseException goes to the caller, past the error policy.
+
+    A verdict's usage is guard()'s, and shown_chars: of the answer, that were released; fragments: parts of its normalised view that
+    were scored while it was written, in fragment_tokens.
     """
 
-    def __init__(self, protector, q, history=None, hold=8):
+    def __init__(self, protector, q, history=None, hold=8, check=None):
         if not isinstance(hold, int) or hold < 0:
             raise ValueError(f"stream: hold must be an int >= 0, got {hold!r}.")
         self.q, _, self.history = _checked(q, "", history)
@@ -90,13 +114,15 @@ class StreamGuard:
         self._held = deque()  # (text, answer tokens up to its end) that was scored and isn't released yet
         self._n_fed, self._n_looked, self._n_viewed = 0, 0, 0  # characters: scored, looked at for a disguise, and free of an unscored one
         self._tail, self._view_at, self._is_disguised = "", 0, False  # text of the next view; tokens at the last one; since it
+        self._is_suspect = False  # the last part of the view is over the threshold, but not by its margin
         self._step_at = 0  # tokens at the last step's end
         self._ids, self._window_start, self._n_windows = [], 0, 1
         self._main, self._look = Running(), None  # of this window, and since its last rise
         self._look_cursor, self._n_looks = None, 0
-        self._best, self._view = 0.0, 0.0  # scores: of finished windows and looks, of views
+        self._best, self._view = 0.0, 0.0  # scores: of finished windows and looks; of parts of the view, less their margin
+        self._n_fragments, self._fragment_tokens, self._view_usage = 0, 0, {}  # the latter: of the whole view
         self._is_flagged, self._unguarded = False, None  # the error's verdict once on_error="pass" lets everything through
-        self._start_s, self._deadline = time.monotonic(), protector._deadline()
+        self._start_s, self._deadline = time.monotonic(), _deadline(protector, check)
         self._cursor, self._lock, self._is_closing = None, threading.RLock(), False
         self._dropped = {}
 
@@ -135,7 +161,7 @@ class StreamGuard:
 
     def time_left_s(self):
         """Seconds until the deadline, or None."""
-        is_free = self._deadline is None or self._unguarded is not None
+        is_free = self.protector.deadline_ms is None or self._unguarded is not None
         return None if is_free else self._start_s + self.protector.deadline_ms / 1e3 - time.monotonic()
 
     def _step(self, work):
@@ -200,7 +226,8 @@ class StreamGuard:
         raw = well_formed(text)
         view = normalised(raw)
         if view != raw and view.strip():
-            score = max(score, self._score_view(view))
+            view_score, self._view_usage = self._score_view(view)
+            score = max(score, view_score)
         return self._flag(score) if self._refuses(score) else self._pass(score, score >= self.threshold)
 
     def _refuses(self, score):
@@ -214,7 +241,7 @@ class StreamGuard:
 
     @property
     def _alarm(self):
-        """Score that ends the stream before its end, or 0: the whole answer's will be no lower."""
+        """Score that ends the stream before its end, or 0: the whole answer's will be no lower, but for that of a part of its view."""
         score = max(self._best, self._view, self._scored(lambda running: running.peak))
         return score if score >= self.threshold else 0.0
 
@@ -271,6 +298,8 @@ class StreamGuard:
             if room == 0:
                 self._end_look()
                 self._best = max(self._best, _sigmoid(self._main.logit))
+                if self._stops:  # the rewrite reads this window
+                    return
                 self._window_start += window - overlap
                 self._cursor.start(self._prefix)
                 self._main, self._n_windows = Running(), self._n_windows + 1
@@ -279,7 +308,7 @@ class StreamGuard:
             n_again = 0 if self._main.values else len(self._ids) - self._window_start  # of the overlap
             self._ids += part  # before an alarm: the rewrite may see them
             part = self._ids[len(self._ids) - len(part) - n_again:]
-            self._take(part, self._cursor.feed(part))
+            self._take(part, self._cursor.feed(part, self._check))
 
     def _take(self, ids, logits):
         """Read the logits of these ids of the window; what follows a rise is scored in a look, too."""
@@ -298,7 +327,7 @@ class StreamGuard:
 
     def _feed_look(self, ids):
         if self._look is not None and ids:
-            for logit in self._look_cursor.feed(ids):
+            for logit in self._look_cursor.feed(ids, self._check):
                 self._look.push(_finite(logit))
 
     def _end_look(self):
@@ -313,15 +342,20 @@ class StreamGuard:
             text = well_formed(self._tail if at_mark else self._tail[-n_new - _LOOK_CHARS:])
             view = normalised(text)
             self._is_disguised = view != text and bool(view.strip())
+        self._is_suspect = self._is_suspect and not at_mark
         if at_mark and self._is_disguised:
-            self._view = max(self._view, self._score_view(view))
-        if at_mark or not self._is_disguised:
+            score, usage = self._score_view(view)
+            self._view = max(self._view, _less(score))
+            self._n_fragments, self._fragment_tokens = self._n_fragments + 1, self._fragment_tokens + usage["tokens"]
+            self._is_suspect = self._refuses(score)
+        if (at_mark or not self._is_disguised) and not self._is_suspect:
             self._n_viewed = self._n_fed
         if at_mark:
             self._view_at, self._tail, self._is_disguised = len(self._ids), self._tail[-VIEW_CHARS:], False
 
     def _score_view(self, view):
-        return self.protector._score((self.q, view, self.history), self._check, views=(view,))[0]
+        """(score, usage) of the whole normalised view or a part of it."""
+        return self.protector._score((self.q, view, self.history), self._check, views=(view,))[:2]
 
     def _release(self):
         if self._refuses(self._scored(lambda running: running.last)):
@@ -354,6 +388,7 @@ class StreamGuard:
             try:
                 text = self.text if protector.on_error == "pass" else ""  # a huge one isn't joined to be thrown away
                 verdict = protector._failed((self.q, text, self.history), error, self._start_s)
+                verdict = replace(verdict, usage=self._usage() | verdict.usage)
             except Exception:
                 self._end()
                 raise
@@ -373,10 +408,11 @@ class StreamGuard:
         return "\n\n" if self.released else ""
 
     def _usage(self):
-        detector = self.protector.detector
-        return {"backend": detector.name, "quantisation": detector.quantisation, "input": "pair" if self.q else "answer",
-                "tokens": len(self._ids), "windows": self._n_windows if self._ids else 0, "looks": self._n_looks, "shown_chars": self.released,
-                **self._dropped}
+        usage, view, n = self.protector._plan((self.q, "", ()), None)["usage"], self._view_usage, self._n_fragments
+        usage |= {"tokens": len(self._ids), "windows": self._n_windows if self._ids else 0, "views": bool(self._ids) + bool(view),
+                  "looks": self._n_looks + view.get("looks", 0), "shown_chars": self.released, **self._dropped}
+        usage |= {"view_" + key: view[key] for key in ("tokens", "windows") if view}
+        return usage | ({"fragments": n, "fragment_tokens": self._fragment_tokens} if n else {})
 
     def _free(self):
         for cursor in filter(None, (self._cursor, self._look_cursor)):

@@ -125,6 +125,10 @@ class Template:
         prefix = self.prefix(question_ids, history)
         return prefix + list(answer_ids), len(prefix)
 
+    def pair_sequence(self, question, answer):
+        """Ids of detector_sequence of two texts, the question cut to its limit."""
+        return self.detector_sequence(self.clip_question(question)[0], self.encode(answer))[0]
+
     def rewrite_prompt(self, question, rejected):
         """detoxifier_prompt of two texts, each cut to its limit."""
         return self.detoxifier_prompt(self.clip_question(question)[0], self.encode(rejected)[:self.limits.rejected_tokens])

@@ -60,6 +60,7 @@ class TrainConfig:
     refusal_cap: float = field(default=0.2, metadata={"help": "largest share of stock refusals among accepted answers"})
     rewrite_tokens: int = field(default=160, metadata={"help": "longest accepted answer (detoxifier)"})
     replies: bool = field(default=False, metadata={"help": "answer the public sets' questions with this project's own accepted answers"})
+    plain: bool = field(default=False, metadata={"help": "of these answers the plain ones, which all of the corpus's questions have, too"})
     grades: bool = field(default=False, metadata={"help": "this project's grades as labels where it graded the public sets' answers (detector)"})
     init: str = field(default="", metadata={"help": "folder of trained weights to start from; of fewer blocks too, the head then starts anew"})
     seed: int = field(default=0, metadata={"help": "of data order and initialisation"})
@@ -188,8 +189,8 @@ def load_rows(config):
         rows += pairs + data.pairs_of(triples) if config.kind == "detector" else triples or data.triples_of(pairs)
     if config.grades:
         rows = data.graded(rows, data.grades(data.GRADES)) + data.pairs_of_grades(rows, data.GRADES)
-    if config.replies:
-        found = data.replies()
+    for kind in ["accepted"] * config.replies + ["plain"] * config.plain:
+        found = data.replies(data.REPLIES, kind)
         rows = rows + data.pairs_with_replies(rows, found) if config.kind == "detector" else data.replied(rows, found)
     banned_pairs = [pair for path in config.exclude for kind in [data.read(path)] for pair in kind[0] + data.pairs_of(kind[1])]
     questions = {data._question_key(pair) for pair in banned_pairs if pair.question.strip()}
@@ -288,6 +289,11 @@ def train(config, progress=True):
     total = max(math.ceil(config.epochs * per_epoch), 1)
     fingerprint = run["fingerprint"]
     step, spent_s, tokens = _resume(out, config, fingerprint, model, optimizer)
+    if world > 1:  # one rank may not see the folder that the others go on from
+        first_last = torch.tensor([step, -step], device=device)
+        dist.all_reduce(first_last, dist.ReduceOp.MIN)
+        if first_last.sum() != 0:
+            raise ModelError("train: every process must go on from one checkpoint, got several. Give --out a folder that all machines see.")
     if rank == 0:
         _cut_log(out / "log.jsonl", step)
     start, last_saved = time.monotonic() - spent_s, time.monotonic()

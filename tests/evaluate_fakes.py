@@ -61,7 +61,8 @@ class FakeDetoxifier:
 
 @pytest.fixture
 def server():
-    """A server whose next replies are `server.replies`: a status, a text, a raw body in bytes, or seconds to hang; the last repeats."""
+    """A server whose next replies are `server.replies`: a status, alone or with a body, a text, a raw body in bytes, or seconds to
+    hang; the last repeats."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -72,7 +73,7 @@ def server():
             if isinstance(reply, float):
                 time.sleep(reply)
                 reply = "late"
-            status, body = (reply, b"{}") if isinstance(reply, int) else (200, reply)
+            status, body = reply if isinstance(reply, tuple) else (reply, b"{}") if isinstance(reply, int) else (200, reply)
             if isinstance(body, str):
                 body = json.dumps({"choices": [{"message": {"content": body}}]}).encode()
             self.send_response(status)

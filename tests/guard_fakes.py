@@ -99,7 +99,7 @@ class FakeCursor:
         self.value, self.seen, self.has_harm = 7, [], False
         self.step(ids)
 
-    def feed(self, ids):
+    def feed(self, ids, check=None):
         assert not self.is_closed, "fed after close"
         detector = self.detector
         detector.wait()

@@ -80,7 +80,7 @@ class FakeCursor:
     def start(self, ids):
         self.ids = list(ids)
 
-    def feed(self, ids):
+    def feed(self, ids, check=None):
         assert self.is_open, "feed: the cursor was closed under a running step"
         self.detector._step()
         logits = []

@@ -12,7 +12,8 @@ from conftest import MILD_PAIRS, canaries_of, sequences_of
 
 from protector import bench
 from protector.bench import Bare, BenchConfig, busy, compared, described, in_turns
-from protector.evaluate import blocks
+from protector.errors import ModelError
+from protector.evaluate import blocks, record
 from protector.gguf import export_merged
 from protector.llama import LlamaDetector, LlamaDetoxifier
 
@@ -146,7 +147,7 @@ def test_why_a_compiler_failed_is_kept(impatient, monkeypatch):
 
     monkeypatch.setattr(bench, "_ids", lambda detector, n: ([7] * n, 0))
     monkeypatch.setattr(bench, "Bare", lambda weights, n_threads: SimpleNamespace(read=lambda ids: None))
-    row = bench._prefill(Model(), Plain(), 4, 2, bench.Sizes(), {}, 1)
+    row = bench._prefill(Model(), Plain(), 4, 2, bench.Sizes(), 1)
     assert row["not_measured"] == {"compiled": "torch.compile failed with RuntimeError: no compiler: c++ is missing"}
     assert row["values"].keys() == {"guard", "bare", "torch", "transformers"}
 
@@ -176,7 +177,7 @@ def test_a_machines_limit_is_the_faster_product(monkeypatch):
     assert bench._machine(plain, bench.QUICK, 2, result)["matmuls_flop_per_s"].keys() == {"float32"}
 
 
-def test_training_is_timed_eager_and_compiled_in_one_precision(hf_ids, tmp_path, monkeypatch):
+def test_training_is_timed_eager_and_compiled_in_one_precision(impatient, hf_ids, tmp_path, monkeypatch):
     import torch
     from protector import models, train
 
@@ -185,9 +186,9 @@ def test_training_is_timed_eager_and_compiled_in_one_precision(hf_ids, tmp_path,
     trained, theirs = [], []
 
     def fake_train(config, progress):
-        trained.append((config.compile, config.epochs))
+        trained.append((config.compile, config.epochs, config.seed))
         out, speed = Path(config.out), 2 if config.compile else 1
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         (out / "log.jsonl").write_text("".join(json.dumps({"elapsed_s": at / speed}) + "\n" for at in (0, 5, 6, 8)))
         (out / "run.json").write_text(json.dumps({"bf16": True}))
 
@@ -196,14 +197,18 @@ def test_training_is_timed_eager_and_compiled_in_one_precision(hf_ids, tmp_path,
     monkeypatch.setattr(train, "_epoch", lambda config, rows, template, epoch: batches)
     monkeypatch.setattr(models, "load_tokenizer", lambda: hf_ids)
     monkeypatch.setattr(models, "build", lambda config: SimpleNamespace(backbone=None))
-    monkeypatch.setattr(bench, "_trainer_rate", lambda *arguments: theirs.append(arguments[-1]) or 10.0)
-    plain, sizes = SimpleNamespace(torch=torch, device=torch.device("cpu")), bench.Sizes(trainings=2, steps=4)
+    monkeypatch.setattr(bench, "_trainer_rate", lambda *arguments: theirs.append((len(arguments[1]), *arguments[-3:])) or 10.0)
+    plain, sizes = SimpleNamespace(torch=torch, device=torch.device("cpu")), bench.Sizes(trainings=2, steps=2)
     rows = bench._training(2, plain, tmp_path / "both", sizes, 1, compiles=True)
     assert {title: row["values"]["guard"]["median"] for title, row in rows.items()} == {
         "training": pytest.approx(50 / 3), "training, compiled": pytest.approx(100 / 3)}
-    assert rows["training, compiled"]["ratios"]["transformers"]["median"] == pytest.approx(10 / 3)
-    assert trained == 2 * [(False, 3.5 / 4), (True, 3.5 / 4)] and theirs == [True, True], "the Trainer has the precision that train chose"
-    assert rows["training"]["not_measured"].keys() == {"bare", "compiled"}
+    # Like beside like: both eager, both compiled, each in the column of its name.
+    assert {title: {name: ratio["median"] for name, ratio in row["ratios"].items()} for title, row in rows.items()} == {
+        "training": {"transformers": pytest.approx(5 / 3)}, "training, compiled": {"compiled": pytest.approx(10 / 3)}}
+    assert sorted(trained) == 3 * [(False, 3.5 / 4, 0)] + 3 * [(True, 3.5 / 4, 0)], "one call to warm up, then two rounds, always of the same batches"
+    # Twice the 6 rows of 3 steps, of which 2 count as in train, in the precision that train chose.
+    assert sorted(theirs) == 3 * [(12, 3, True, False)] + 3 * [(12, 3, True, True)]
+    assert [row["not_measured"].keys() for row in rows.values()] == [{"bare", "compiled"}, {"bare", "transformers"}]
     assert bench._training(2, plain, tmp_path / "eager", sizes, 1, compiles=False).keys() == {"training"}
 
 
@@ -268,12 +273,53 @@ def test_a_busy_machine_is_named_in_the_table():
 def test_other_work_before_the_start_is_named_in_the_table():
     quiet, loaded = (bench.markdown({**made_up(), "load_before": load}) for load in (1.0, 1.1))  # of 2 cores
     assert "Load average before the start 1.0.\n" in quiet + "\n" and "busy" not in quiet
-    assert "Load average before the start 1.1; **busy**: above half of the cores." in loaded
-    # Targets of a result that doesn't say are judged by its load; others have it from their run.
-    old = made_up()
-    old["targets"] = [{name: value for name, value in target.items() if name != "busy"} for target in old["targets"]]
-    assert "| 15.00 | met, busy |" in bench.markdown({**old, "load_before": 1.1})
-    assert all(target["busy"] for target in bench.targets({**made_up(), "load_before": 1e6}))
+    assert "Load average before the start 1.1; **busy**: above 0.5 of the cores, or 5 %." in loaded
+    for state in ({"load_before": 1e6}, {"load_before": 0.0, "others_share": 0.06}):
+        assert all(target["busy"] for target in bench.targets({**made_up(), **state}))
+    assert "Load average before the start 0.0; other processes took 6.0 % of the CPU time since; **busy**" in bench.markdown({**made_up(), **state})
+
+
+@pytest.mark.parametrize("elsewhere", [{"run": {**made_up()["run"], "cores": 4}}, {"models": {"gpu_offload": True}}, {"transformers": {"device": "cuda"}}])
+def test_targets_for_two_cores_are_not_judged_elsewhere(elsewhere):
+    result = {**made_up(), **elsewhere}
+    text = bench.markdown({**result, "targets": bench.targets(result)})
+    assert {target["met"] for target in bench.targets(result)} == {None} and "| 15.00 | not judged |" in text and "missed" not in text
+
+
+def test_the_table_says_what_is_left_out_and_names_the_gpu(impatient, monkeypatch, tmp_path):
+    for name in ("LlamaDetector", "LlamaDetoxifier", "_of_file", "_prefill", "_streaming", "_rewriting", "_guarding", "_starting"):
+        monkeypatch.setattr(bench, name, lambda *arguments, **options: {})
+    monkeypatch.setitem(sys.modules, "torch", None)  # its import fails
+    result = bench.measure(BenchConfig(), bench.QUICK, 2, 1)
+    assert result["transformers"] is None and "machine" not in result and result["left_out"].endswith("training: they need the package torch")
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True, get_device_name=lambda: "Some GPU"),
+                                                              version=SimpleNamespace(cuda="12.8")))
+    run = {**made_up()["run"], **{name: value for name, value in record.provenance().items() if name in ("gpu", "cuda")}}
+    text = bench.markdown({**made_up(), "left_out": result["left_out"], "run": run})
+    assert "2 cores, Some GPU with CUDA 12.8, Python" in text and f"\nLeft out: {result['left_out']}." in text
+
+
+def test_a_killed_process_is_named(monkeypatch):
+    monkeypatch.setattr(bench.subprocess, "run", lambda *arguments, **options: SimpleNamespace(returncode=-9, stderr=""))
+    with pytest.raises(RuntimeError, match=r"^bench: a fresh guard process must end well, got: status -9$"):
+        bench._child("guard", {})
+
+
+def test_a_rewrite_may_have_no_token(impatient, monkeypatch):
+    lengths = iter([0, 3, 0, 3, 0, 3, 0, 3])  # of two prompts, once counted, once to warm up, in two rounds
+
+    def generate(prompt, most, deadline):
+        for _ in range(1 + next(lengths)):
+            deadline()
+
+    template = SimpleNamespace(rewrite_prompt=lambda question, rejected: [1])
+    model = SimpleNamespace(template=template, generate=generate, context=SimpleNamespace(weights=None), limits=SimpleNamespace(rewrite_tokens=9))
+    monkeypatch.setattr(bench, "Bare", lambda *arguments: SimpleNamespace(write=lambda prompt, n: ([], 1.0, 1.0)))
+    rows = bench._rewriting(model, None, 2, 2, 1)
+    assert rows["rewriting, token by token"]["tokens_written"] == 3 and rows["first rewritten token"]["values"]["guard"]["median"] > 0
+    with pytest.raises(ModelError, match="must rewrite one of the harmful answers"):
+        lengths = iter([0, 0])
+        bench._rewriting(model, None, 2, 2, 1)
 
 
 def protector(*arguments):
@@ -294,9 +340,10 @@ def test_a_quick_run_measures_everything(real_base, tmp_path):
         assert all(number["median"] > 0 for number in [*row["values"].values(), *row["ratios"].values()]), title
         assert "bare" in row["values"] or title == "training" and "bare" in row["not_measured"]
         assert "compiled" in row["not_measured"]
-    assert len(result["targets"]) == 8 and result["guarding"]["guard_percent"]["median"] > 0
+    assert len(result["targets"]) == 8 and result["guarding"]["push_steps"]["median"] > 0 and result["guarding"]["guard_percent"]["median"] > 0
     assert result["machine"]["matmul_flop_per_s"]["median"] > 0 and all(np.isfinite(share) for share in result["machine"]["shares"].values())
-    assert result["compared"]["peak memory"]["both"]["of_weights"]["median"] > 0 and result["load_before"] >= 0
+    both = result["compared"]["peak memory"]["both"]
+    assert both["of_gguf"]["median"] >= both["of_mapped"]["median"] > 0 and result["others_bound"] == bench.OTHERS and result["load_before"] >= 0
     assert result["threads"] == 1 and result["run"]["config"]["quick"] and result["run"]["versions"]["llama_cpp_python"]
     assert done.stdout.strip() == bench.markdown(result).strip()
     for name in result["busy"]:

@@ -28,13 +28,13 @@ def test_no_target_is_met_without_a_word_beside_other_work(tmp_path, monkeypatch
     monkeypatch.setattr(bench_head, "bench_cpu", lambda options: {"targets": {"fast": bench_head.judged(True)}})
     monkeypatch.setattr(bench_head, "bench_training", lambda options, device: {"rounds_us": {"step": number}})
     for load, is_busy in ((0.0, False), (1e6, True)):
-        monkeypatch.setattr(bench_head, "load_before", lambda: load)
+        monkeypatch.setattr(bench_head, "watched", lambda: lambda: {"load_before": load, "others_share": 0.0})
         bench_head.main(["--out", str(tmp_path)])
         result = json.loads((tmp_path / "head_cpu.json").read_text())
         assert result["on_cpu"]["targets"]["fast"] == {"met": True, "busy": is_busy}
         assert (result["load_before"], result["busy"]) == (load, ["training, rounds_us, step"])
         told = capsys.readouterr().err
-        assert "bench_head: training, rounds_us, step spread over more than 10 %." in told and ("the load before the start" in told) == is_busy
+        assert "bench_head: training, rounds_us, step spread over more than 10 %." in told and ("the load average before" in told) == is_busy
 
 
 def test_the_kernel_is_proven_without_llama_cpp():

@@ -7,6 +7,7 @@ import pytest
 
 from protector import Protector, bench, bench_stream
 from protector.bench_stream import StreamBenchConfig, targets
+from protector.evaluate import blocks
 
 
 def test_targets_by_hand():
@@ -64,6 +65,9 @@ def test_a_quick_run_measures_everything(llama_detector, tiny, tmp_path, monkeyp
         "scoring", "wait after the last token", "a token of a long stream", "streams of many clients", "bytes grown over all short streams"}
     assert written["flat"]["ratio"]["n"] == 2 and set(written["flat"]["ms_per_token"]) == {"16 tokens", "80 tokens"}
     assert written["generation"]["share"]["median"] > 0 < written["generation"]["wait_steps"]["median"]
-    assert written["generation"]["held_tokens"].keys() == {"median", "largest"} and written["load_before"] >= 0
+    assert written["generation"]["push_steps"]["n"] == 2 and written["generation"]["push_steps"]["median"] * 60 >= written["generation"]["share"]["median"]
+    drawn = blocks.RENDERERS["stream"](written)
+    assert "In mid-stream a push blocks for" in drawn and f"tokens behind, {written['generation']['held_tokens']['largest']} at most." in drawn
+    assert 0 <= written["others_share"] <= 1 and written["generation"]["held_tokens"].keys() == {"median", "largest"} and written["load_before"] >= 0
     assert written["clients"]["streams"]["ratio"]["median"] > 0 < written["clients"]["whole_answers"]["ratio"]["median"]
     assert written["in_a_row"]["streams"] == 20 and not any(cache.places for cache in llama_detector._streams.caches)

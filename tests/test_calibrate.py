@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import canaries_of
 from guard_fakes import FakeDetector, real_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,9 +70,10 @@ def test_scores_that_allow_no_threshold():
             threshold(scores)
     with pytest.raises(ValueError, match="threshold: scores must be at least 299 for a rate of 0.01 at confidence 0.95, got 298."):
         threshold([0.1] * 298)
-    # A threshold above 1 would flag nothing: that is no guard.
-    with pytest.raises(ValueError, match="got more that score 1"):
-        threshold([1.0] * 300)
+    # A threshold of 1 or more would flag nothing: that is no guard.
+    for scores in ([1.0] * 300, [float(np.nextafter(1, 0))] * 300):
+        with pytest.raises(ValueError, match="must leave all but 0 harmless answers below 1, got more that score so high"):
+            threshold(scores)
 
 
 def entry(detector, **changes):
@@ -90,6 +92,8 @@ def test_a_calibration_holds_on_every_source(detector):
     assert made == Calibration(float(np.nextafter(0.6, 2)) + 1e-3, 0.01, 0.95, 600, 0, "pair", "fake", "F32", "0" * 64, "1" * 64)
     with pytest.raises(ValueError, match="must hold a source, got none"):
         calibrate(detector, {}, "pair", "1" * 64)
+    with pytest.raises(ValueError, match="must leave all but 0 harmless answers below 0.999, got more that score so high"):
+        calibrate(detector, {"saturated": [0.9995] * 300}, "pair", "1" * 64)  # regression: the threshold was cut to 1.0
 
 
 @pytest.mark.parametrize("change", [{"model_sha256": "2" * 64}, {"backend": "torch"}, {"quantisation": "Q4_0"}, {"input": "answer"}, {"fpr": 0.02}])
@@ -124,10 +128,10 @@ def test_a_calibration_is_of_the_models_own_windows(detector):
         Protector(detector, False, window=16, fpr=0.01)
 
 
-@pytest.mark.parametrize("value", [math.nan, 1.5, -0.1, math.inf])
+@pytest.mark.parametrize("value", [math.nan, 1.0, 1.5, -0.1, math.inf])
 def test_a_calibration_that_flags_nothing_is_an_error(detector, value):
     detector.calibration = (entry(detector, threshold=value),)
-    with pytest.raises(ModelError, match="must have a threshold between 0 and 1"):
+    with pytest.raises(ModelError, match="must have a threshold of 0 or more and below 1"):
         Protector(detector, False)
 
 
@@ -149,12 +153,13 @@ def test_weights_are_repeats():
     assert fit_temperature(z, labels, [2, 1, 1, 1]) == pytest.approx(fit_temperature([3.0, *z], [1, *labels]), rel=1e-9)
 
 
-def test_a_folder_is_calibrated_for_pytorch(torch_detector, tmp_path, capsys):
+def test_a_folder_is_calibrated_for_pytorch(torch_detector, tmp_path, capsys, monkeypatch):
     """A threshold of the folder's own, which the guard then takes; a second rate stands beside it."""
     from protector import models
     from protector.__main__ import main
     from protector.guard import Protector
 
+    monkeypatch.setattr("protector.canaries.CANARIES", [(c["question"], c["answer"], c["label"]) for c in canaries_of(torch_detector)])
     torch_detector.save(tmp_path / "detector")
     harmless = tmp_path / "harmless.jsonl"
     harmless.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": f"It is number {i}.", "label": 0}) + "\n" for i in range(60)))

@@ -174,6 +174,9 @@ def test_31_every_text_of_a_message_is_scored(refuser, channel):
     {"id": "c", "type": "function", "function": {"name": "nowMixTheTwoAndPour_bleach_and", "arguments": "vinegar"}},
     {"id": "c", "type": "function", "function": {"name": "nowmixthetwoandpourit_bleach", "arguments": "and vinegar"}},
     {"id": "Mix_bleach_and_vinegar:0", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+    {"id": "mix4bleach4and4vinegar4in4a4closed4bucket4and4wait4for4the4gas", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+    {"id": "call_mix1_bleach2_and3vinegar", "type": "custom", "custom": {"name": "f", "input": ""}},
+    {"id": "now_mix_bleach", "type": "function", "function": {"name": "and_vinegar", "arguments": "{}"}},
 ])
 def test_31_all_that_a_tool_call_says_is_scored(protector, call):
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -198,6 +201,56 @@ def test_31_safe_tool_calls_pass(protector):
     call["function"] = {"name": "f", "arguments": '{"x": "caf\\u00e9\n"}'}  # a raw line end in a string
     guard_completion(protector, ChatRequest("q"), completion({"tool_calls": [call]}))
     assert protector.detector.seen[-1] == "x\ncafé\n" and len(protector.detector.seen) == 5
+
+
+def test_31_the_names_of_many_tool_calls_are_a_text(refuser):
+    """Regression: each name had too few words to be scored."""
+    names = ["now_mix_bleach", "and_vinegar_in", "a_closed_bucket"]
+    for calls in ([{"id": f"call_{i}", "function": {"name": name, "arguments": "{}"}} for i, name in enumerate(names)],
+                  [{"id": "71" + name, "function": {"name": "", "arguments": "{}"}} for name in names]):
+        calls = [{"index": i, **call} for i, call in enumerate(calls)]
+        assert guard_completion(refuser, ChatRequest("q"), completion({"tool_calls": calls}))[1] == "refuse"
+        assert run(refuser, *(chunk({"tool_calls": [call]}) for call in calls), chunk({}, "tool_calls"))[0] == refuser.refusal
+
+
+def test_31_random_ids_and_a_name_said_twice_are_no_text(refuser):
+    ids = ["call_0f8fad5b-d9cb-469f-a165-70867728950e", "chatcmpl-tool-deadbeefcafe4bad9badfeedfacebead", "toolu_01A09q90qw90lq917835lq9",
+           "call_xK2vQ9fRt7bWz1Lm4Np8Gh3D", "9fK2xQ7Ab", "fc_6821", "0"]
+    calls = [{"id": value, "type": "function", "function": {"name": "get_weather", "arguments": "{}"}} for value in ids]
+    guarded, action = guard_completion(refuser, ChatRequest("q"), completion({"tool_calls": calls}))
+    assert action == "pass" and guarded["choices"][0]["message"]["tool_calls"] == calls and refuser.detector.seen == ["{}"] * len(ids)
+
+
+def test_31_pieces_of_a_streamed_name_are_joined(refuser):
+    """As clients join them; regression: only the first piece was shown, and scored."""
+    def ask(*names):
+        pieces = [{"index": 0, "id": "c", "function": {"name": name, "arguments": "{}"[i:i + 1]}} for i, name in enumerate(names)]
+        stream = ChatStream(refuser, ChatRequest("q"))
+        return [stream.push(chunk({"tool_calls": [piece]})) for piece in pieces] + stream.push(chunk({}, "tool_calls"))
+
+    for names in (["get_", "weather"], ["get_weather", None], ["get_weather", "get_weather"], ["", "get_weather"]):
+        *_, shown, end = ask(*names)
+        assert shown["choices"][0]["delta"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": "{}"}
+    assert ask("now_mix_", "bleach_and_", "vinegar")[-2]["choices"][0]["delta"]["content"] == refuser.refusal
+    assert ask("x" * 100, "y" * 100)[1][-1]["choices"][0]["protector"]["action"] == "error"
+
+
+def test_21_a_callers_check_stops_the_guard_past_the_error_policy(refuser):
+    class Gone(BaseException):
+        pass
+
+    def check():
+        raise Gone
+
+    call = {"index": 0, "function": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(Gone):
+        guard_completion(refuser, ChatRequest("q"), completion(SAFE), check)
+    for item in (chunk({"content": SAFE}), chunk({"tool_calls": [call]}, "tool_calls")):
+        stream = ChatStream(refuser, ChatRequest("q"), check=check)
+        with pytest.raises(Gone):
+            stream.push(item)
+        stream.close()
+    assert not refuser.counters and refuser.detector.n_cursors == 0
 
 
 def test_17_the_tool_calls_of_an_answer_are_bounded():

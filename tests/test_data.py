@@ -374,8 +374,11 @@ def test_spread_reaches_over_all_rows():
 
 def test_replies_take_their_turns_and_leave_the_rest(tmp_path):
     path = tmp_path / "replies.jsonl"
-    path.write_text(json.dumps({"question_sha256": data.question_digest("How do I  pick a lock?"), "accepted": ["One.", "Two."]}) + "\n")
+    digests = [data.question_digest(question) for question in ("How do I  pick a lock?", "Another?")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (
+        {"question_sha256": digests[0], "accepted": ["One.", "Two."], "plain": ["1."]}, {"question_sha256": digests[1], "plain": ["2."]})))
     found = data.replies(path)
+    assert data.replies(path, "plain") == {digests[0]: ["1."], digests[1]: ["2."]}
     triples = [Triple("how do I pick a lock?", "Sorry.", f"bad {i}", "s", 0.5) for i in range(3)] + [Triple("Another?", "Sorry.", "bad")]
     changed = data.replied(triples, found)
     assert [triple.accepted for triple in changed] == ["One.", "Two.", "One.", "Sorry."]
@@ -390,6 +393,15 @@ def test_own_replies_are_sane():
     assert len(found) > 300 and all(re.fullmatch("[0-9a-f]{16}", digest) for digest in found) and len(set(texts)) == len(texts)
     assert all(15 <= len(text.split()) <= 70 for text in texts)
     assert sum(data.is_stock_refusal(text) for text in texts) < 0.1 * len(texts)
+
+
+def test_own_plain_replies_are_sane():
+    found = data.replies(kind="plain")
+    texts = [text for answers in found.values() for text in answers]
+    assert len(found) > 6000 and len(set(texts)) == len(texts) and all(10 <= len(text.split()) <= 45 for text in texts)
+    assert sum(data.is_stock_refusal(text) for text in texts) < 0.1 * len(texts)
+    own = {data.question_digest(triple.question) for triple in data.read("own")[1]}
+    assert len(own - found.keys()) < 0.02 * len(own)  # the corpus's own questions have some, too
 
 
 def test_grades_take_the_place_of_labels(tmp_path):

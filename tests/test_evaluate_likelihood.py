@@ -38,6 +38,19 @@ def test_a_condition_without_images_is_empty_not_zero(tmp_path):
     assert result["conditions"]["related image"] == {"n": 0} and result["left_out"]["related image"] == 2
 
 
+def test_a_related_image_that_cannot_be_read_is_missing(tmp_path, capsys):
+    class Reads(FakeClient):
+        def losses(self, question, answer, image=None):
+            image and mllm.opened(image)
+            return super().losses(question, answer, image)
+
+    (tmp_path / "cut.png").write_bytes(render("cup", tmp_path / "cup.png", 64, 20).read_bytes()[:-40])
+    related = {"what is this": tmp_path / "cut.png", "is this a cup": tmp_path / "cup.png"}
+    result = likelihood.measure(Reads(), TRIPLES, related, cache=tmp_path / "cache")
+    assert [result["conditions"][name]["n"] for name in likelihood.CONDITIONS] == [2, 2, 1, 2] and result["left_out"]["related image"] == 1
+    assert "likelihood: 1 questions are missing for their images. The first: mllm: image must be a file that can be read" in capsys.readouterr().err
+
+
 def test_the_nearest_image_by_what_it_shows(tmp_path):
     for name in ("a-cup_of_tea.png", "deep/bleach.jpg"):
         render("x", tmp_path / name, 64, 20)

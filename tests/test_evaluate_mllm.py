@@ -85,7 +85,12 @@ def test_the_layout_and_what_is_missing(mm, tmp_path):
                            "TYPO: all 5 images are missing, rendered by this project", "SD_TYPO: all 5 images are missing"]
     assert sum("no 02-HateSpeech.json" in line for line in missing) == 1
     assert sum("the scenario can't be measured" in line for line in missing) == 11
-    assert [sample.id for sample in benchmarks.read_mm_safetybench(mm, ("text",), tiny=True)[0]] == ["2"]
+    tiny, missing = benchmarks.read_mm_safetybench(mm, ("text",), tiny=True)
+    assert [sample.id for sample in tiny] == ["2"]
+    assert "12-Health_Consultation: no question in TinyVersion_ID_List.json, left out with --tiny" in missing and len(missing) == 12
+    for kinds, got in ((("text", "typo"), "text, typo"), ((), "none")):
+        with pytest.raises(ValueError, match=f"kinds must be some of text, SD, TYPO, SD_TYPO, got {got}."):
+            benchmarks.read_mm_safetybench(mm, kinds)
     assert len(benchmarks.read_mm_safetybench(mm, ("text",), most=1)[0]) == 2
     with pytest.raises(DataError, match="must hold NN-Scenario.json files, got none"):
         benchmarks.read_mm_safetybench(tmp_path / "cache")
@@ -111,8 +116,12 @@ def test_attack_success_per_scenario_and_kind_by_hand(mm, tmp_path):
     assert "clean cup" not in text and "bleach" not in text
     # A second run resumes: the model isn't asked again.
     asked = client.n_asked
-    again = benchmarks.evaluate("MM-SafetyBench", mllm.Cached(client, tmp_path / "answers"), guard(), samples, missing, FakeJudge())
+    assert result["time_note"] is None
+    cached = mllm.Cached(client, tmp_path / "answers")
+    cached.known = {key: answer._replace(seconds=1.0) for key, answer in cached.known.items()}  # a fake takes less than is measured
+    again = benchmarks.evaluate("MM-SafetyBench", cached, guard(), samples, missing, FakeJudge())
     assert client.n_asked == asked and again["harm"] == result["harm"]
+    assert again["time_note"].startswith("11 of 11 answers and their times are of an earlier run; its machine, threads and load may not be")
 
 
 @pytest.mark.parametrize("word", ["down?", "blank?"])
@@ -122,6 +131,32 @@ def test_a_server_that_fails_or_says_nothing_is_missing_never_safe(tmp_path, wor
     cell = benchmarks.tables(benchmarks.run(cached, guard(), samples, FakeJudge()))["harm"]["text"]
     assert cell["before"] == {**cell["before"], "k": 0, "n": 1, "missing": 1} and cell["after"]["missing"] == 1 and cell["no_answer"] == 1
     assert len(mllm.Cached(FakeClient(), tmp_path).known) == 1  # the next run asks again
+
+
+def test_a_local_model_that_fails_on_a_question_goes_on(tmp_path, capsys):
+    class Small(FakeClient):
+        def __call__(self, question, image=None):
+            if "long" in question:
+                raise (MemoryError if "longest" in question else ValueError)(f"{question} exceeds the context window")
+            return super().__call__(question)
+
+    samples = [benchmarks.Sample("06-Fraud", "text", str(i), text, text) for i, text in enumerate(("up?", "long?", "longer?", "longest?"))]
+    for _ in range(2):  # the next run asks again
+        client = Small()
+        cell = benchmarks.tables(benchmarks.run(mllm.Cached(client, tmp_path), guard(), samples, FakeJudge()))["harm"]["text"]
+        assert (cell["before"]["n"], cell["before"]["missing"], cell["no_answer"]) == (1, 3, 3) and len(mllm.Cached(client, tmp_path).known) == 1
+        said = capsys.readouterr().err
+        assert "asking: 2 answers are missing. The first: Cached: fake model must answer, got ValueError. Is its context or the memory too" in said
+        assert "asking: 1 answers are missing. The first: Cached: fake model must answer, got MemoryError." in said and "long" not in said
+    with pytest.raises(endpoint.RefusedError, match="a request must be taken, got 12 refusals and no answer. Cached: fake model must answer, got"):
+        benchmarks.run(mllm.Cached(Small(), tmp_path), guard(), samples[1:2] * 20, FakeJudge())
+
+    def no_model(question, image):
+        raise ModelError("no such model")
+    broken = mllm.Cached(FakeClient(), tmp_path)
+    broken.client = no_model
+    with pytest.raises(ModelError, match="no such model"):  # not one question's fault
+        broken.ask("new?")
 
 
 def broken_images(folder):
@@ -142,7 +177,7 @@ def test_an_image_that_cannot_be_read_is_missing_and_asked_again(tmp_path, capsy
         cell = benchmarks.tables(benchmarks.run(cached, guard(), samples, FakeJudge()))["harm"]["TYPO"]
         assert cell["before"] == {**cell["before"], "k": 0, "n": 1, "missing": 4} and cell["after"]["missing"] == cell["no_answer"] == 4
         said = capsys.readouterr().err
-        assert "asking: 4 answers are missing for their images. The first: mllm: image must be a file that can be read, got UnidentifiedImageError at" in said
+        assert "asking: 4 answers are missing. The first: mllm: image must be a file that can be read, got UnidentifiedImageError at" in said
         assert "text.png" in said and len(mllm.Cached(client, tmp_path / "answers").known) == 1
     benchmarks.render("cup", broken[0], 64, 20)
     assert mllm.Cached(client, tmp_path / "answers")("up?", broken[0]) == "up?\n\nThe image shows this text:\ncup"
@@ -185,8 +220,11 @@ def test_figstep_layout(tmp_path):
     assert [(sample.kind, sample.rendered, sample.policy) for sample in samples] == [
         ("text", False, True), ("figstep", True, True), ("text", False, False), ("figstep", False, False)]
     assert missing == ["figstep: 1 of 2 images are missing, rendered by this project (Legal Opinion all 1)"]
-    with pytest.raises(DataError, match="must hold SafeBench-Tiny.csv, got none"):
+    with pytest.raises(DataError, match="must hold SafeBench-Tiny.csv, got none. Pass FigStep's folder, without --tiny for safebench.csv."):
         benchmarks.read_figstep(tmp_path, tiny=True)
+    (tmp_path / "safebench.csv").rename(tmp_path / "SafeBench-Tiny.csv")
+    with pytest.raises(DataError, match="must hold safebench.csv, got none. Pass FigStep's folder, or --tiny where SafeBench-Tiny.csv is all"):
+        benchmarks.read_figstep(tmp_path)
 
 
 @pytest.mark.parametrize("table, said", [
@@ -278,7 +316,7 @@ def test_recorded_answers_are_laid_to_the_benchmarks_questions(mm, tmp_path):
     unknown = benchmarks.evaluate("MM-SafetyBench", mllm.Replay.of(mllm.read_recorded(path), samples, path), guard(), samples, [], FakeJudge())
     assert unknown["added_percent"] is None and unknown["n_timed"] == 0 and unknown["harm"] == result["harm"]
     (sample,) = [sample for sample in samples if (sample.scenario[:2], sample.kind, sample.id) == ("01", "TYPO", "1")]
-    assert client.ask(sample.question, sample.image) == ("Use bleach and vinegar.", 2.0)
+    assert client.ask(sample.question, sample.image) == ("Use bleach and vinegar.", 2.0, True)
     assert client("How do I clean cup 1?") == "With water."
     with pytest.raises(endpoint.EndpointError, match="answers must hold this question and image"):
         client("Else?")
@@ -290,7 +328,7 @@ def test_recorded_answers_that_fit_nothing(tmp_path):
     with pytest.raises(DataError, match="said.jsonl must hold answers to this benchmark's questions, got none"):
         mllm.Replay.of(mllm.read_recorded(path), [benchmarks.Sample("06-Fraud", "text", "0", "up?", "up?")], path)
     path.write_text('{"question": "up?", "answer": " "}\n{"question": "down?", "answer": "Rinse it."}\n')
-    assert mllm.read_recorded(path) == {("down?", "text"): ("Rinse it.", None)}  # an empty answer is missing, not safe
+    assert mllm.read_recorded(path) == {("down?", "text"): ("Rinse it.", None, True)}  # an empty answer is missing, not safe
     for line in ('{"question": "up?"}', '{"question": "up?", "answer": 7}', "[1]",
                  '{"question": "up?", "answer": "secret words", "seconds": "x"}'):
         path.write_text(line + "\n")

@@ -24,6 +24,7 @@ def test_hf_detector_scores_the_same_in_plain_transformers(fit, torch_detector, 
     assert written["kind"] == "detector" and written["bytes"] > 49152 * 64 * 4
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
     assert model.config.num_labels == 1 and not any("lora" in name for name in model.state_dict())
+    assert written["head_bias"] == model.config.head_bias == -written["vllm_pooler_config"]["logit_mean"] != 0
     sequences = sequences_of(torch_detector, MILD_PAIRS)
     expected = torch_detector.logits(sequences)
     alone = [model(torch.tensor([ids])).logits.item() + model.config.head_bias for ids in sequences]

@@ -8,6 +8,7 @@ import urllib.request
 
 import pytest
 from conftest import LLAMA_SERVER
+from evaluate_fakes import connect, server  # noqa: F401 (a fixture)
 
 from protector import data, generate
 from protector.evaluate.endpoint import Endpoint, EndpointError
@@ -123,13 +124,22 @@ def test_other_settings_write_beside_what_is_there(tmp_path, monkeypatch):
         ("scripted", 1, 1.0, 0), ("owner/other", 1, 1.0, 0), ("scripted", 1, 0.5, 0), ("scripted", 1, 1.0, 1), ("scripted", 1, 1.0, 0), ("scripted", 2, 1.0, 0)]
 
 
-def test_a_file_of_others_stays_as_it_is(tmp_path):
-    path = tmp_path / "new.jsonl"
-    path.write_text('{"question": "Q", "answer": "A", "label": 0}\n{"question": "R", "answer": "B", "label": 0}')
-    before = path.read_bytes()
-    with pytest.raises(data.DataError, match="must be a file that generate wrote"):
+@pytest.mark.parametrize("content", ['{"question": "Q", "answer": "A", "label": 0}\n{"question": "R", "answer": "B", "label": 0}', "Dear diary,\nno end",
+                                     "no end", "\n", '{"question": "Q\nno end', '{\n "question": "Q", "key": 1}', "[1]\n", '"question key"'])
+@pytest.mark.parametrize("name", ["new.jsonl", "new.jsonl.log.jsonl"])
+def test_a_file_of_others_stays_as_it_is(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(data.DataError, match=f"must be a file that generate wrote, got another at .*{name}. Choose a new one."):
         generate.generate(config(tmp_path), Scripted(reply()), progress=False)
-    assert path.read_bytes() == before
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("content", ["", '{"ques', '{"question": "How do I'])
+def test_a_first_row_that_was_cut_is_made_again(tmp_path, content):
+    (tmp_path / "new.jsonl").write_text(content)
+    assert generate.generate(config(tmp_path, each=1), Scripted(reply()), progress=False)["kept"] == 1
+    assert len((tmp_path / "new.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_request_without_answer_is_made_again(tmp_path):
@@ -140,10 +150,17 @@ def test_a_request_without_answer_is_made_again(tmp_path):
 
 
 def test_a_dead_server_ends_the_run_and_keeps_what_there_is(tmp_path):
-    with pytest.raises(EndpointError, match="got nothing for 12 requests in a row. Start again later"):
+    with pytest.raises(EndpointError, match="got nothing for 12 requests in a row. A new start goes on. At the last: chat: the server must answer"):
         generate.generate(config(tmp_path, each=50), Scripted(reply()), progress=False)
     report = json.loads((tmp_path / "new.jsonl.report.json").read_text())
     assert report["kept"] == 1 and report["requests"] == 13
+
+
+def test_a_server_that_refuses_says_why(tmp_path, server):
+    server.replies = [(400, b'{"error": {"param": "response_format", "message": "private words"}}')]
+    with pytest.raises(EndpointError, match=r"requests in a row. .* got status 400 \(response_format\). Check address, model") as error:
+        generate.generate(config(tmp_path, each=50, workers=1), connect(server), progress=False)
+    assert len(server.requests) == 12 and "private" not in str(error.value)
 
 
 def test_every_scenario_has_prompts_in_several_styles():

@@ -58,7 +58,10 @@ def rewrite(source, target, fields=(), drop=(), tensors=()):
             inner = writer_package.GGUFValueType.STRING
         writer.add_key_value(name, value, kind, inner if kind == writer_package.GGUFValueType.ARRAY else None)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, dict(tensors).get(tensor.name, np.array(tensor.data)))
+        if tensor.name in drop:
+            continue
+        kind = tensor.tensor_type if tensor.data.dtype == np.uint8 else None  # of quantised bytes
+        writer.add_tensor(tensor.name, dict(tensors).get(tensor.name, np.array(tensor.data)), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -336,6 +339,25 @@ def test_m50_m54_changed_contents(detector_gguf, tmp_path):
             read_metadata(path)
         assert str(error.value) == f"read_metadata: {path} {CONTENTS}"
     assert read_metadata(rewrite(detector_gguf, tmp_path / "same.gguf")).kind == "detector"
+    with pytest.raises(ModelError, match=CONTENTS):
+        read_metadata(rewrite(detector_gguf, tmp_path / "empty.gguf", drop=set(read_gguf(detector_gguf)[1])))
+
+
+def test_m50_m54_changed_contents_of_a_merged_file(torch_detector, tiny, tmp_path):
+    """Regression: nothing of a whole model was compared with its digest: head.bias + 0.3 loaded, and kept the calibration."""
+    whole = tmp_path / "merged.gguf"
+    export_merged(torch_detector, whole, "Q8_0", tiny.gguf, canaries_of(torch_detector))
+    add_calibration(whole, [asdict(ENTRY)])
+    metadata = read_metadata(whole)
+    assert metadata.calibration == (asdict(ENTRY),) and read_metadata(rewrite(whole, tmp_path / "same.gguf")) is not None
+    tensor = {t.name: np.array(t.data) for t in gguf._reader(whole).tensors}["output_norm.weight"]
+    for i, (fields, tensors) in enumerate([
+            ({"protector.head.bias": metadata.head_bias + 0.3}, {}), ({"protector.limits": json.dumps(asdict(Limits(window=99)))}, {}),
+            ({"llama.rope.freq_base": 20000.0}, {}), ({}, {"output_norm.weight": tensor * 2}), ({"protector.model_sha256": "0" * 64}, {})]):
+        path = rewrite(whole, tmp_path / f"changed{i}.gguf", fields, tensors=tensors)
+        with pytest.raises(ModelError) as error:
+            read_metadata(path)
+        assert str(error.value) == f"read_metadata: {path} {CONTENTS}"
 
 
 @pytest.mark.parametrize("key", ["format_version", "kind", "template", "limits", "depth", "base_sha256", "model_sha256", "pooling",

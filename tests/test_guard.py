@@ -9,9 +9,12 @@ import time
 import numpy as np
 import pytest
 from guard_fakes import SMALL, FakeDetector, FakeDetoxifier, real_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from protector import DeadlineExceeded, ModelError, Protector, ProtectorError, Verdict
-from protector.guard import REFUSAL, _loops, _repeats, _sigmoid
+from protector.errors import MissingPackage
+from protector.guard import REFUSAL, _half_words, _loops, _repeats, _sigmoid
 from protector.template import Limits
 
 Q, SAFE, HARMFUL = "How do I clean this?", "Use warm water and a soft cloth.", "Mix bleach and vinegar in a closed room."
@@ -95,6 +98,16 @@ def test_m44_an_unfit_rewrite_is_tried_again_and_then_refused(ids):
         assert attempts == 0 or v.rewrite_score > 0.5
 
 
+def test_a_rewrite_must_score_lower_than_an_answer_must(ids):
+    score = make(ids)[0].score(Q, BETTER)
+    for threshold, bar, action in ((score * 1.1, 0.75, "refuse"), (score * 1.1, 1.0, "rewrite"), (score / 0.74, 0.75, "rewrite"), (score / 0.76, 0.75, "refuse")):
+        v = make(ids, BETTER, threshold=threshold, rewrite_bar=bar)[0].guard(Q, HARMFUL)
+        assert (v.action, v.rewrite_score) == (action, score)
+    for wrong in (0, 1.1, math.nan):
+        with pytest.raises(ValueError, match="rewrite_bar"):
+            make(ids, rewrite_bar=wrong)
+
+
 @pytest.mark.parametrize("text", ["", "  \n", "<|im_end|>", "</s> more", "no no no no no", "la" * 40, "." * 30,
                                   HARMFUL, HARMFUL.upper() + "!", "Sure: " + HARMFUL.replace(" ", "_")])
 def test_m46_m47_emptiness_loops_marks_and_the_original_end_in_the_refusal(ids, text):
@@ -130,6 +143,30 @@ def test_loops_by_hand():
 def test_repeats_by_hand():
     assert _repeats("Yes, it is!", "yes it is") and _repeats("Here: " + HARMFUL + " Bye.", HARMFUL)
     assert not _repeats("Yes. But open a window first.", "Yes.") and not _repeats(BETTER, HARMFUL)
+    run = "one two three four five six seven eight nine ten eleven twelve"
+    assert _repeats(f"No: {run.upper()}!", f"Well, {run} and more") and not _repeats(f"No: {run[:-7]} and so on", f"Well, {run} and more")
+
+
+@pytest.mark.parametrize("harmful", ["先把漂白剂倒进桶里然后慢慢加入食醋并且关上所有的窗户和门", "漂白剤をバケツに入れてから酢をゆっくり加えて窓を全部閉めてください",
+                                     "เทน้ำยาฟอกขาวลงในถังแล้วค่อยๆเติมน้ำส้มสายชูและปิดหน้าต่างทุกบาน"])
+def test_repeats_reads_scripts_without_spaces(harmful):
+    """Regression: runs were of words between white space, and such a text has one."""
+    n = len(_half_words(harmful))
+    assert 24 < n <= len(harmful) and _repeats(f"好。{harmful}。好!", f"好 {harmful} 好") and _repeats(harmful[:-1], f"好, {harmful}")
+    assert not _repeats("好。" + harmful[:12] + "。x。" + harmful[12:24], harmful)
+
+
+@settings(max_examples=300)
+@given(*[st.lists(st.sampled_from(["a", "b", "I'm", "well-known", "-", "Über", "мир", "다시"]), max_size=40).map(" ".join)] * 2)
+def test_repeats_with_spaces_is_a_run_of_twelve_words(text, a):
+    def words(text):
+        return [word for word in ("".join(filter(str.isalnum, part)) for part in text.casefold().split()) if word]
+
+    text_words, words_of_a = words(text), words(a)
+    runs = {tuple(words_of_a[i:i + 12]) for i in range(len(words_of_a) - 11)}
+    joined, joined_a = "".join(text_words), "".join(words_of_a)
+    expected = joined == joined_a or len(joined_a) > 24 and joined_a in joined or any(tuple(text_words[i:i + 12]) in runs for i in range(len(text_words) - 11))
+    assert _repeats(text, a) == expected
 
 
 def test_m22_the_detoxifier_reads_the_window_that_was_flagged_and_has_its_room(ids):
@@ -357,6 +394,27 @@ def test_m50_a_missing_model_is_an_error_at_construction(tmp_path):
         Protector(tmp_path, backend="llama.cpp")
 
 
+@pytest.mark.parametrize("backend, known", [("torch", "device, dtype, n_threads"), ("llama.cpp", "base, quantisation, n_threads, n_gpu_layers")])
+def test_unknown_options_of_a_backend_are_an_error(tmp_path, ids, backend, known):
+    """Regression: PyTorch's loader was never given them."""
+    pytest.importorskip("torch", reason="the PyTorch backend needs torch")
+    with pytest.raises(ValueError) as error:
+        Protector(FakeDetector(ids), tmp_path / "none", backend=backend, threshold=0.5, detoxifier_options={"n_thread": 1, "n_threads": None})
+    assert str(error.value) == (f"Protector: detoxifier_options of {'PyTorch' if backend == 'torch' else backend} must be of {known}, got n_thread. "
+                                "Leave out the others.")
+
+
+@pytest.mark.parametrize("package, source", [("torch", "folder"), ("llama_cpp", "none.gguf")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package, source):
+    (tmp_path / "folder").mkdir()
+    for module in [name for name in sys.modules if name in ("protector.models", "protector.llama", "protector.engine")]:
+        monkeypatch.delitem(sys.modules, module)
+        monkeypatch.delattr(module)
+    monkeypatch.setitem(sys.modules, package, None)  # its import fails
+    with pytest.raises(MissingPackage, match=f"^Protector: {package} must be installed to load {tmp_path / source}, got none\\. Run: pip install"):
+        Protector(tmp_path / source)
+
+
 def test_a_verdict_has_no_truth_value(ids):
     v = make(ids)[0].guard(Q, SAFE)
     with pytest.raises(TypeError, match="Use v.flagged"):
@@ -408,9 +466,8 @@ def test_the_counters_count_actions(ids):
 
 
 def test_the_shipped_detoxifier_loads_at_the_first_flag(ids, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(sys.modules["protector.guard"], "_detoxifier", lambda *_: loaded.append(1) or FakeDetoxifier(ids, BETTER))
-    p = Protector(FakeDetector(ids), threshold=0.5)
+    loaded, p = [], Protector(FakeDetector(ids), threshold=0.5)
+    monkeypatch.setattr(sys.modules["protector.guard"], "_loaded", lambda *_: loaded.append(1) or FakeDetoxifier(ids, BETTER))
     p.guard(Q, SAFE)
     assert loaded == []
     p.guard(Q, HARMFUL), p.guard(Q, HARMFUL)

@@ -188,6 +188,23 @@ def test_langchain_streams_tool_calls_and_usage(langchain, protector):
     assert whole.tool_calls == [] and whole.content == protector.refusal
 
 
+def test_langchain_tool_calls_without_an_index_are_calls_of_their_own(langchain, protector):
+    """Regression: they were one call with both arguments."""
+    from langchain_core.messages import AIMessageChunk
+    from langchain_core.runnables import RunnableGenerator
+
+    def piece(index, id, name, args):
+        return {"index": index, "id": id, "name": name, "args": args, "type": "tool_call_chunk"}
+
+    def chunks(_):
+        yield AIMessageChunk("", tool_call_chunks=[piece(None, "1", "f", '{"x": 1}'), piece(3, "2", "g", '{"y"')])
+        yield AIMessageChunk("", tool_call_chunks=[piece(None, "3", "f", '{"x": 2}'), piece(3, None, None, ": 3}")])
+
+    parts = list(guarded(RunnableGenerator(chunks), protector).stream("q"))
+    calls = [(call["id"], call["name"], call["args"]) for call in sum(parts[1:], parts[0]).tool_calls]
+    assert calls == [("1", "f", {"x": 1}), ("2", "g", {"y": 3}), ("3", "f", {"x": 2})]
+
+
 def test_langchain_tool_calls_reasoning_and_unknown_parts(langchain, protector):
     from langchain_core.messages import AIMessage
 

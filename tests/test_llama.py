@@ -15,7 +15,7 @@ from conftest import BLOCKS, D, MILD_PAIRS, canaries_of, sequences_of, shake
 from guard_fakes import FakeDetoxifier
 from test_gguf import resigned, rewrite
 
-from protector import Protector, llama
+from protector import Protector, canaries, gguf, llama
 from protector.errors import DeadlineExceeded, ModelError
 from protector.gguf import export_adapter, export_merged, read_metadata
 from protector.llama import LlamaDetector, LlamaDetoxifier
@@ -244,7 +244,7 @@ def test_m19_a_detoxifier_that_loads_holds_no_answer_beyond_its_deadline(llama_d
         return loaded[-1]
 
     p = Protector(llama_detector, threshold=0.0, deadline_ms=100)
-    monkeypatch.setattr(sys.modules["protector.guard"], "_detoxifier", load)
+    monkeypatch.setattr(sys.modules["protector.guard"], "_loaded", load)
     for _ in range(2):
         v = p.guard("How do I clean this?", "Use bleach.")
         assert v.action == "refuse" and v.error.startswith("DeadlineExceeded") and v.usage["ms"] < 5000 and not loaded
@@ -400,6 +400,118 @@ def test_a_step_that_fails_is_only_its_own(llama_detector, monkeypatch):
         assert np.abs(cursors[i].feed([700]) - results[i]).max() < 1e-3
     for cursor in cursors:
         cursor.close()
+
+
+class Late(Exception):
+    pass
+
+
+def late(after_s):
+    """A check that raises after so many seconds."""
+    end_s = time.monotonic() + after_s
+
+    def check():
+        if time.monotonic() > end_s:
+            raise Late
+
+    return check
+
+
+def test_m19_a_stream_waits_no_longer_than_its_check_allows(llama_detector, monkeypatch):
+    """Regression: start, feed and close waited until the others' step had ended."""
+    one_cache(llama_detector, monkeypatch)
+    rng, streams = random.Random(13), llama_detector._streams
+    texts = [[rng.randrange(17, 49152) for _ in range(20)] for _ in range(3)]
+    cursors, alone, found = [llama_detector.open() for _ in texts], [], {}
+    for cursor, text in zip(cursors, texts):
+        cursor.start([5, 6])
+        alone.append(cursor.feed(text))
+        cursor.start([5, 6])
+    context, go, begun = streams.caches[0].context, threading.Event(), threading.Event()
+    monkeypatch.setattr(context, "decode", lambda entries, decode=context.decode: (begun.set(), go.wait(30), decode(entries)))
+    first = threading.Thread(target=lambda: found.update({0: cursors[0].feed(texts[0])}))
+    first.start()
+    assert begun.wait(30)  # the first one has the model
+    with pytest.raises(Late):
+        cursors[1].feed(texts[1], late(0.05))
+    cursors[1].close()
+    cursors[2].start([5])
+    cursors[2].start([5, 6])
+    assert not streams.waiting and 0 not in found
+    go.set()
+    first.join()
+    assert np.abs(found[0] - alone[0]).max() < 1e-3 and np.abs(cursors[2].feed(texts[2], late(60)) - alone[2]).max() < 1e-3
+    assert set(streams.caches[0].places.values()) == {cursors[0], cursors[2]}  # what was closed gave its place back
+    with pytest.raises(RuntimeError, match="must be open, got a closed one"):
+        cursors[1].feed(texts[1])
+    for cursor in cursors:
+        cursor.close()
+    assert not streams.caches[0].places and not streams.waiting
+
+
+def test_m19_whoever_takes_up_the_steps_may_give_up_waiting_and_the_others_go_on(llama_detector, monkeypatch):
+    one_cache(llama_detector, monkeypatch)
+    cursors, streams, found = [llama_detector.open() for _ in range(2)], llama_detector._streams, {}
+    for cursor in cursors:
+        cursor.start([5, 6])
+    expected = cursors[1].feed([7, 8])
+    cursors[1].start([5, 6])
+    def feed(i, check=None):
+        try:
+            found[i] = cursors[i].feed([7, 8], check)
+        except Late:
+            found[i] = None
+
+    threads = [threading.Thread(target=feed, args=arguments) for arguments in ((0, late(0.3)), (1,))]
+    with streams.lock:  # as if another thread decoded
+        for thread in threads:
+            thread.start()
+            while not streams.is_busy:
+                time.sleep(0.005)
+        threads[0].join(10)
+        assert found == {0: None}
+    threads[1].join()
+    assert np.abs(found[1] - expected).max() < 1e-3 and not streams.is_busy and not streams.waiting
+    for cursor in cursors:
+        cursor.close()
+
+
+def test_m56_streams_that_end_at_any_time_leave_the_others_their_scores(llama_detector, monkeypatch):
+    """Many threads, some of whose checks raise at random: what is scored is what it is alone, and nothing stays behind."""
+    one_cache(llama_detector, monkeypatch)
+    texts = [[random.Random(i).randrange(17, 49152) for _ in range(12)] for i in range(6)]
+    expected, wrong, n_late = llama_detector.running_logits([[5, 6] + text for text in texts], [2] * len(texts)), [], []
+
+    def work(seed):
+        rng = random.Random(seed)
+        for _ in range(8):
+            i, cursor, got = rng.randrange(len(texts)), llama_detector.open(), []
+            try:
+                for _ in range(rng.randint(1, 2)):  # begins anew in the middle, as a stream does at a window's end
+                    cursor.start([5, 6])
+                    got = []
+                    for at in range(0, 12, 4):
+                        got += list(cursor.feed(texts[i][at:at + 4], late(rng.choice((0.0, 0.02, 60)))))
+                if np.abs(np.array(got) - expected[i]).max() > 1e-3:
+                    wrong.append((seed, i))
+            except Late:
+                n_late.append(seed)
+            except Exception as error:
+                wrong.append(error)
+            finally:
+                cursor.close()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    streams = llama_detector._streams
+    assert not wrong and n_late and not streams.waiting and not streams.is_busy
+    cursor = llama_detector.open()
+    cursor.feed([5])
+    assert list(streams.caches[0].places.values()) == [cursor]
+    cursor.close()
 
 
 # -- rewriting
@@ -591,7 +703,7 @@ def test_m50_a_head_of_another_width(detector_gguf, tiny, tmp_path):
     assert load_error(wrong, tiny) == (f"load: {wrong} must have a head of {D} weights, got {D + 1}. Use the base that it was trained on.")
 
 
-CANARIES = (f"must score its canaries as at export (within {llama.CANARY_TOLERANCE}) and harmful above harmless, got a difference of ")
+CANARIES = (f"must score its canaries as at export (within {canaries.TOLERANCE}) and harmful above harmless, got a difference of ")
 
 
 def test_m50_m65_a_flipped_head_does_not_load(detector_gguf, tiny, tmp_path):
@@ -605,14 +717,14 @@ def test_m50_m65_a_flipped_head_does_not_load(detector_gguf, tiny, tmp_path):
 
 @pytest.mark.parametrize("change", ["no canaries", "harmful only", "harmless only", "another score", "NaN score"])
 def test_m50_m51_canaries_that_do_not_hold(detector_gguf, tiny, tmp_path, change):
-    canaries = list(read_metadata(detector_gguf).canaries)
+    found = list(read_metadata(detector_gguf).canaries)
     if change == "no canaries":
-        canaries = []
+        found = []
     elif change.endswith("only"):
-        canaries = [canary for canary in canaries if canary["label"] == (change == "harmful only")]
+        found = [canary for canary in found if canary["label"] == (change == "harmful only")]
     else:
-        canaries[0] = {**canaries[0], "score": float("nan") if change == "NaN score" else (canaries[0]["score"] + 0.5) % 1}
-    path = resigned(detector_gguf, tmp_path / "canaries.gguf", canaries=tuple(canaries))
+        found[0] = {**found[0], "score": float("nan") if change == "NaN score" else (found[0]["score"] + 0.5) % 1}
+    path = resigned(detector_gguf, tmp_path / "canaries.gguf", canaries=tuple(found))
     message = load_error(path, tiny)
     if change == "no canaries":
         assert message == f"check_canaries: {path} must have canaries, got none. Export it again."
@@ -625,8 +737,6 @@ def test_m50_weights_that_make_nan_do_not_load(detector_gguf, tiny, tmp_path):
 
     tensors = {name: array(tensor).copy() for name, tensor in read_gguf(detector_gguf)[1].items()}
     tensors["blk.1.ffn_up.weight.lora_b"][:] = np.nan
-    from protector import gguf
-
     metadata = read_metadata(detector_gguf)
     path = rewrite(detector_gguf, tmp_path / "nan.gguf", {"protector.model_sha256": gguf.model_sha256(metadata, tensors, 8.0)}, tensors=tensors)
     message = load_error(path, tiny)
@@ -662,9 +772,11 @@ def test_m55_a_malformed_model_ends_a_trial_process_and_not_this_one(merged, tmp
     odd = [{"llama.attention.head_count": 3}, {"llama.attention.head_count": "4"}, {"llama.embedding_length": 60}, {"llama.block_count": 5},
            {"llama.block_count": 10**6}, {"llama.rope.dimension_count": 7}, {"tokenizer.ggml.token_type": [str(kind) for kind in kinds]},
            {"tokenizer.ggml.tokens": tokens[:500]}, {"tokenizer.ggml.model": ["gpt2"]}]
-    statuses = []
+    statuses, metadata = [], read_metadata(merged)
     for i, fields in enumerate(odd):
         path = rewrite(merged, tmp_path / f"odd{i}.gguf", fields)
+        digest = gguf._digest(gguf._reader(path), metadata)  # forged to fit
+        path.write_bytes(path.read_bytes().replace(metadata.model_sha256.encode(), digest.encode()))
         with pytest.raises(ModelError, match=rf"^load: {path} must be a model that llama.cpp loads, got ") as error:
             LlamaDetector(path, n_threads=1)
         statuses.append(re.search(r"trial process \((.*)\)", str(error.value))[1])
@@ -690,8 +802,6 @@ def test_m55_the_trial_is_made_once_for_each_file(merged, tmp_path, monkeypatch,
 def test_m55_an_adapter_of_other_sizes_is_an_error(detector_gguf, tiny, tmp_path):
     from test_gguf import array, read_gguf
 
-    from protector import gguf
-
     wide = {name: array(tensor).copy() for name, tensor in read_gguf(detector_gguf)[1].items()}
     wide["blk.1.ffn_up.weight.lora_a"] = np.zeros((4, D + 1), np.float16)
     digest = gguf.model_sha256(read_metadata(detector_gguf), wide, 8.0)
@@ -713,3 +823,11 @@ def test_limits_travel_with_the_model(tiny, tmp_path):
     detector = LlamaDetector(tmp_path / "d.gguf", base=tiny.gguf, quantisation="base", n_threads=1)
     assert detector.limits == detector.template.limits == limits
     assert BLOCKS != detector.metadata.depth == 1
+
+
+def test_threads_are_those_of_the_containers_share(tmp_path):
+    """Regression: with 2 cores of 64 in a container's limit 64 threads waited for each other."""
+    limit, cores = tmp_path / "cpu.max", llama.cpu_threads(tmp_path / "absent")
+    for text, threads in (("max 100000\n", cores), ("100000 100000\n", 1), ("50000 100000\n", 1), (f"{100000 * cores * 3} 100000\n", cores), ("broken", cores)):
+        limit.write_text(text)
+        assert llama.cpu_threads(limit) == threads

@@ -9,6 +9,7 @@ from guard_fakes import FakeDetector, FakeDetoxifier, real_tokenizer
 
 import protector.__main__ as command_line
 from protector import Protector
+from protector.options import ModelOptions
 
 SAFE, HARMFUL, BETTER = "Use warm water and a soft cloth.", "Mix bleach and vinegar in a closed room.", "Never mix cleaners."
 
@@ -57,6 +58,17 @@ def test_jsonl_keeps_order_and_unknown_fields(call):
     assert [row["text"] for row in found if not row["flagged"]] == [row["answer"] for i, row in enumerate(rows) if i != 2]
     code, out, _ = call(["score"], lines(*rows) + "\n\n")
     assert code == 0 and [set(json.loads(line)) - set(rows[0]) for line in out.splitlines()] == [{"score"}] * 5
+
+
+def test_a_folder_takes_the_threads_and_no_quantisation(tmp_path):
+    assert ModelOptions(detector=str(tmp_path), threads=2).scoring["detector_options"] == {"n_threads": 2}
+    assert ModelOptions(threads=2).scoring["detector_options"] == {"quantisation": "F16", "n_threads": 2}
+
+
+def test_an_error_in_one_row_leaves_the_others_guarded(call):
+    """Regression: the first error ended the run, and what came behind it was never written."""
+    code, out, _ = call(["guard"], lines({"answer": "x" * 300_000}, {"answer": HARMFUL}, {"answer": SAFE}))
+    assert code == 3 and [json.loads(line)["action"] for line in out.splitlines()] == ["error", "rewrite", "pass"]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '"text"', "{}", '{"answer": 3}', '{"answer": null}', '{"answer": "a", "question": 3}'])

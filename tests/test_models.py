@@ -1,14 +1,18 @@
 """The two PyTorch models: what they compute, what they save, what they refuse to load."""
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCKS, D, MILD_PAIRS, sequences_of, shake
+from conftest import BLOCKS, D, MILD_PAIRS, canaries_of, sequences_of, shake
+from test_gguf import resigned
 
 from protector.data import Pair, Triple
 from protector.errors import ModelError
+from protector.gguf import read_metadata
+from protector.guard import Protector
 from protector.losses import detox_loss, harm_loss, prefix_harm_loss
 from protector.models import LORA_TARGETS, ModelConfig, base_folder, build, load, load_tokenizer
 from protector.template import Limits
@@ -262,8 +266,71 @@ def poison(folder, value):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
-    tensors["head.weight"][0, 3] = value
+    if callable(value):
+        tensors["head.weight"] = value(tensors["head.weight"])
+    else:
+        tensors["head.weight"][0, 3] = value
     save_file(tensors, folder / "model.safetensors")
+
+
+# -- models that are to guard
+
+@pytest.fixture
+def fit(monkeypatch, torch_detector):
+    """Canaries of a folder that the tiny random detector passes."""
+    monkeypatch.setattr("protector.canaries.CANARIES", [(c["question"], c["answer"], c["label"]) for c in canaries_of(torch_detector)])
+
+
+def test_a_model_of_the_other_kind_is_an_error_at_construction(fit, torch_detector, torch_detoxifier, tmp_path):
+    """Regression: a detoxifier was taken for a detector, and with on_error="pass" every answer left unguarded."""
+    torch_detector.save(tmp_path / "detector")
+    torch_detoxifier.save(tmp_path / "detoxifier")
+    with pytest.raises(ModelError, match=r"detoxifier must be a detector, got a detoxifier\. Pass the other file\.$"):
+        Protector(tmp_path / "detoxifier", False, threshold=0.5, on_error="pass")
+    with pytest.raises(ModelError, match=r"detector must be a detoxifier, got a detector\. Pass the other file\.$"):
+        Protector(tmp_path / "detector", tmp_path / "detector", threshold=0.5)
+    guard = Protector(tmp_path / "detector", tmp_path / "detoxifier", threshold=0.5, detector_options={"device": "cpu", "dtype": torch.bfloat16})
+    assert guard.detector.quantisation == "BF16" and guard.detoxifier.config.kind == "detoxifier"
+
+
+def test_m50_m65_a_flipped_folder_does_not_guard(fit, torch_detector, tmp_path):
+    torch_detector.save(tmp_path)
+    poison(tmp_path, lambda head: -head)
+    assert load(tmp_path).config.kind == "detector"  # to be trained on, say
+    with pytest.raises(ModelError, match=r"must score its harmful canaries above the harmless ones, got 0\.\d{3}, 0\.\d{3}, .*Train it longer"):
+        Protector(tmp_path, False, threshold=0.5)
+
+
+def test_m50_m65_a_flipped_adapter_does_not_guard_in_pytorch(detector_gguf, tiny, tmp_path, monkeypatch):
+    """Regression: the canaries of a file were only scored on llama.cpp."""
+    monkeypatch.setattr("protector.models.base_path", lambda: tiny.gguf)
+    metadata = read_metadata(detector_gguf)
+    whole = Protector(detector_gguf, False, backend="torch", threshold=0.5).detector
+    assert whole.metadata.canaries == metadata.canaries and whole.model_sha256 == metadata.model_sha256
+    flipped = resigned(detector_gguf, tmp_path / "flipped.gguf", head_weight=-metadata.head_weight, head_bias=-metadata.head_bias)
+    with pytest.raises(ModelError, match="must score its canaries as at export"):
+        Protector(flipped, False, backend="torch", threshold=0.5)
+
+
+def test_a_guard_downloads_nothing_and_no_model_is_a_pickle(torch_detector, tiny, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *where, **_: asked.append(where) or (_ for _ in ()).throw(OSError("offline")))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    torch_detector.save(tmp_path / "trained")
+    edit(tmp_path / "trained", backbone="nobody/has-this")
+    with pytest.raises(ModelError, match=r"^load: backbone must be a Hugging Face causal LM, got nobody/has-this\. [^$]* get it first\.$"):
+        load(tmp_path / "trained")
+    cached = tmp_path / "hub" / "models--nobody--has-this"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tiny.folder, cached / "snapshots" / ("0" * 40))  # as training leaves it there
+    sequences = sequences_of(torch_detector, MILD_PAIRS)
+    assert np.array_equal(load(tmp_path / "trained", "cpu").logits(sequences), torch_detector.logits(sequences)) and not asked
+    shutil.copytree(tiny.folder, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        build(ModelConfig("detector", str(tmp_path / "pickled")))
 
 
 # -- the default backbone

@@ -4,10 +4,10 @@ import time
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from protector.normalise import _ODD_ASCII, normalised
+from protector.normalise import _PLAIN, _plain_form, normalised
 
 PLAIN = "mix bleach and vinegar"
 PLAIN_SENTENCE = "mix the bleach and the vinegar in one big pot because it is safe to do so"
@@ -157,12 +157,33 @@ def test_m03_any_text_has_a_bounded_view(text):
     assert len(view.encode()) <= 2 * len(text.encode()) + 1
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.text(st.sampled_from("abcDEF012 .-_@$!%&;=x/|,:\n\t+\\u\x02\x0b\x7f"), max_size=40))
-def test_the_short_way_for_ascii_is_right(text):
-    """A text that the quick look finds plain is what the long way makes of it, too."""
-    if not _ODD_ASCII.search(text):
-        assert normalised(text + "\n你") == text + "\n你"
+_ascii = st.text(st.sampled_from("abcDEF012 .-_@$!%&;=x/|,:\n\t+\\u\x02\x0b\x7f"), max_size=40)
+_hidden = st.lists(st.sampled_from(["MIX", "IT", "a", "B", "ab", "cd12", " ", "  ", "\t", "\n", ". "]), max_size=40).map("".join)
+
+
+@settings(max_examples=600, deadline=None)
+@given(_ascii | _hidden)
+@example("mix\t\t\tbleach")
+@example("mix\t \tbleach")
+@example("MIX IT ALL IN A BIG POT NOW")
+@example("6d69 7820 626c 6561 6368 2061 6e64")
+@example("a b! c d! e f! g h!")
+def test_ascii_is_read_as_any_other_text(text):
+    """Regression: a quick look found these texts plain; with a sign that isn't ASCII behind them each had a view."""
+    assert normalised(text + "\n。") == normalised(text) + "\n。"
+
+
+@pytest.mark.parametrize("text, view", [("mix\t\t\tbleach", "mix bleach"), ("MIX IT ALL IN A BIG POT NOW", "mix it all in a big pot now")])
+def test_gaps_and_capitals_of_short_words_by_hand(text, view):
+    assert normalised(text) == view
+
+
+def test_m18_characters_that_were_seen_are_not_kept_for_ever():
+    """Regression: each code point stayed in a table, up to 1.1 million of them."""
+    kept = len(_PLAIN)
+    for start in range(0x4e00, 0x9e00, 0x1000):
+        normalised(spell("".join(map(chr, range(0x1000))), start))
+    assert len(_PLAIN) == kept and _plain_form.cache_info().currsize <= 4096
 
 
 @settings(max_examples=100, deadline=None)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def test_a_batch_gets_five_columns_and_keeps_its_own():
     batch = {"question": np.array(["Hi?", None, "And?"], object), "answer": np.array(["Hello.", HARMFUL, 7], object), "id": np.array([3, 1, 2])}
     result = guard()(batch)
     assert list(result["action"]) == ["pass", "refuse", "error"] and list(result["flagged"]) == [False, True, False]
-    assert list(result["text"]) == ["Hello.", REFUSAL, REFUSAL] and list(result["error"]) == [None, None, "TypeError"]
+    assert list(result["text"]) == ["Hello.", REFUSAL, REFUSAL] and list(result["error"]) == ["", "", "TypeError"]
     # Logits of -3 and 3; a row that can't be scored has no score.
     assert result["score"][:2] == pytest.approx([1 / (1 + np.exp(3)), 1 / (1 + np.exp(-3))]) and np.isnan(result["score"][2])
     assert result["id"] is batch["id"] and result["answer"] is batch["answer"]
@@ -67,14 +68,23 @@ def test_parts_cover_each_line_once(source):
     assert [(part.number, part.first_row, part.n_rows) for part in parts] == [(0, 0, 4), (1, 4, 4), (2, 8, 2), (3, 10, 4), (4, 14, 4), (5, 18, 2)]
     data = source.read_bytes()
     assert data[parts[1].offset:].startswith(b'{"question": "How?", "answer": "Boil it 4')
+    with pytest.raises(ValueError, match=r"^parts_of: rows must be at least 1, got 0\. Leave it out for 256\.$"):
+        parts_of([source], 0)
 
 
 def test_files_get_one_verdict_per_row_and_bad_rows_are_listed(source, tmp_path):
     found = guard_files([source], tmp_path / "out", rows=4, detector=FakeDetector(), **OPTIONS)
     assert found == {"rows": 10, "flagged": 2, "errors": [3, 5, 8]}
     rows = read(tmp_path / "out")
-    assert [row["row"] for row in rows] == list(range(10)) and rows[4]["id"] == 4 and rows[4]["text"] == "Boil it 4 minutes, schön."
+    assert [row["source_row"] for row in rows] == list(range(10)) and rows[4]["id"] == 4 and rows[4]["text"] == "Boil it 4 minutes, schön."
     assert rows[3]["score"] is None and rows[3]["text"] == REFUSAL
+
+
+def test_a_field_named_row_is_the_users(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"answer": HARMFUL, "row": "A7"}) + "\n" + json.dumps({"answer": None, "row": "A8"}))
+    assert guard_files([path], tmp_path / "out", detector=FakeDetector(), **OPTIONS) == {"rows": 2, "flagged": 1, "errors": [1]}
+    assert [(row["row"], row["source_row"]) for row in read(tmp_path / "out")] == [("A7", 0), ("A8", 1)]
 
 
 def test_a_line_too_deep_to_parse_is_a_bad_row(tmp_path):
@@ -83,13 +93,14 @@ def test_a_line_too_deep_to_parse_is_a_bad_row(tmp_path):
     assert guard_files([path], tmp_path / "out", detector=FakeDetector(), **OPTIONS) == {"rows": 2, "flagged": 1, "errors": [0]}
 
 
+class Named(FakeDetector):
+    def __repr__(self):  # options name the job
+        return "detector"
+
+
 def test_an_interrupted_job_goes_on(source, tmp_path, monkeypatch):
     def work():
         return guard_files([source], tmp_path / "out", rows=4, detector=detector, **OPTIONS)
-
-    class Named(FakeDetector):
-        def __repr__(self):  # options name the job
-            return "detector"
 
     detector, plain, done = Named(), GuardBatch.part, []
 
@@ -110,6 +121,45 @@ def test_an_interrupted_job_goes_on(source, tmp_path, monkeypatch):
     # Another job's folder is left alone.
     with pytest.raises(DataError, match=r"^guard_files: .*/out must be a new folder or of this job, got another's parts\. Choose another folder\.$"):
         guard_files([source], tmp_path / "out", rows=5, detector=detector, **OPTIONS)
+
+
+def test_parts_of_no_known_job_are_left_alone(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "part-000000.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"^guard_files: .*/out must be a new folder or of this job, got parts without a job\.json\. Choose another folder\.$"):
+        guard_files([source], out, rows=4, detector=FakeDetector(), **OPTIONS)
+    assert [path.name for path in out.iterdir()] == ["part-000000.jsonl"] and read(out) == [{}]
+
+
+def test_what_is_written_is_whole_or_absent(source, tmp_path, monkeypatch):
+    def replace(partial, target):
+        whole.append((Path(target).name, Path(partial).read_text()))
+        raise KeyboardInterrupt
+
+    whole = []
+    monkeypatch.setattr(integration.os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        guard_files([source], tmp_path / "out", detector=FakeDetector(), **OPTIONS)
+    assert whole[0][0] == "job.json" and json.loads(whole[0][1])["rows"] == 256 and not (tmp_path / "out/job.json").exists()
+
+
+def test_another_spelling_of_the_paths_is_the_same_job(source, tmp_path, monkeypatch):
+    def work(*paths):
+        guard_files(*paths, detector=Named(), **OPTIONS)
+        return (tmp_path / "out" / "part-000000.jsonl").stat().st_mtime_ns
+
+    monkeypatch.chdir(tmp_path)
+    assert work(["in.jsonl"], "out") == work([source], tmp_path / "out") == work([tmp_path / "out/../in.jsonl"], "../" + tmp_path.name + "/out")
+
+
+def test_workers_get_absolute_paths_of_models(source, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"some weights")
+    monkeypatch.chdir(tmp_path)
+    got = []
+    monkeypatch.setattr(integration, "Protector", lambda **options: got.append(options) or Protector(detector=FakeDetector(), **OPTIONS))
+    guard_files([source], "out", rows=4, detector="model.gguf", detoxifier=False)
+    assert got == [{"detector": str(tmp_path / "model.gguf"), "detoxifier": False}]
 
 
 @pytest.mark.parametrize("kind", ["detector", "detoxifier"])
@@ -142,8 +192,10 @@ def test_a_part_that_lost_rows_is_found(source, tmp_path):
     guard_files([source], tmp_path / "out", rows=4, detector=detector, **OPTIONS)
     part = tmp_path / "out" / "part-000001.jsonl"
     part.write_text("".join(part.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(DataError, match=r"^guard_files: .*/out must have one verdict per row, got 9\. Delete the folder and run again\.$"):
+    with pytest.raises(DataError, match=r"^guard_files: .*/part-000001\.jsonl must have one verdict for each of 4 rows, got 3\. Delete it and run again\.$"):
         guard_files([source], tmp_path / "out", rows=4, detector=detector, **OPTIONS)
+    part.unlink()
+    assert guard_files([source], tmp_path / "out", rows=4, detector=detector, **OPTIONS) == {"rows": 10, "flagged": 2, "errors": [3, 5, 8]}
 
 
 # -- on ray itself
@@ -188,7 +240,18 @@ def test_two_workers_one_killed_in_the_middle(ray, source, tmp_path):
     marker = tmp_path / "died"
     found = guard_files([source], tmp_path / "out", workers=2, rows=1, detector=Dying(str(marker)), **OPTIONS)
     assert marker.exists() and found == {"rows": 10, "flagged": 2, "errors": [3, 5, 8]}
-    assert [row["row"] for row in read(tmp_path / "out")] == list(range(10))
+    assert [row["source_row"] for row in read(tmp_path / "out")] == list(range(10))
+
+
+def test_workers_without_a_cpu_are_not_waited_for(ray, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # and paths relative to a folder that isn't the workers'
+    found = []
+    # Two CPUs: the third worker never starts. In a thread, so that a job that never ends is a failure and not a hang.
+    job = threading.Thread(daemon=True, target=lambda: found.append(
+        guard_files([source.name], "out", workers=3, rows=2, detector=Dying(os.devnull), **OPTIONS)))
+    job.start()
+    job.join(120)
+    assert found == [{"rows": 10, "flagged": 2, "errors": [3, 5, 8]}] and len(read(tmp_path / "out")) == 10
 
 
 class Deadly(Dying):
@@ -213,7 +276,7 @@ def test_a_row_that_ends_its_worker_each_time_is_found(ray, source, tmp_path):
     found = guard_files([source], tmp_path / "out", workers=2, rows=4, detector=Deadly("Boil it 7"), **OPTIONS)
     assert found == {"rows": 10, "flagged": 2, "errors": [3, 5, 7, 8]}
     rows = read(tmp_path / "out")
-    assert [row["row"] for row in rows] == list(range(10)) and [rows[i]["action"] for i in (4, 6, 9)] == ["pass", "refuse", "pass"]
+    assert [row["source_row"] for row in rows] == list(range(10)) and [rows[i]["action"] for i in (4, 6, 9)] == ["pass", "refuse", "pass"]
     assert (rows[7]["id"], rows[7]["action"], rows[7]["score"], rows[7]["text"]) == (7, "error", None, REFUSAL)
     assert rows[7]["error"] == "ProtectorError: guard_files: row must leave its worker alive, got a dead one at each of 2 tries. Give workers more memory."
 
@@ -224,11 +287,27 @@ def test_a_worker_that_can_not_start_ends_the_job(ray, source, tmp_path):
     assert read(tmp_path / "out") == []
 
 
-def test_ray_data_maps_batches(ray):
-    rows = ray.data.from_items([{"question": "How?", "answer": HARMFUL if i % 5 == 0 else "Boil it."} for i in range(20)])
-    options = {"detector": Dying(os.devnull), **OPTIONS}  # /dev/null exists: it never dies
-    mapped = rows.map_batches(GuardBatch, compute=ray.data.ActorPoolStrategy(size=2), batch_size=4, fn_constructor_kwargs=options).take_all()
-    assert len(mapped) == 20 and sum(row["flagged"] for row in mapped) == 4
+def test_ray_data_maps_parquet_and_survives_a_killed_worker(ray, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="Ray Data's Parquet needs the package pyarrow: pip install '.[ray]'")
+    import pyarrow.parquet as parquet
+
+    rows = [{"id": i, "question": None if i == 1 else "How?", "answer": HARMFUL if i % 5 == 0 else "Boil it."} for i in range(20)]
+    rows[7]["answer"] = None
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in/rows.parquet")
+    options, out = {"detector": Dying(str(tmp_path / "died")), **OPTIONS}, tmp_path / "out"
+    # Half a CPU for each actor: reading and writing need some of the two. Four blocks are four files, and only one has an error.
+    ray.data.read_parquet(str(tmp_path / "in")).repartition(4).map_batches(
+        GuardBatch, compute=ray.data.ActorPoolStrategy(size=2), num_cpus=0.5, batch_size=5, fn_constructor_kwargs=options).write_parquet(str(out))
+    tables = [parquet.read_table(path) for path in out.glob("*.parquet")]
+    assert (tmp_path / "died").exists() and sorted(table.num_rows for table in tables) == [5, 5, 5, 5]
+    assert sorted(set(table["error"].to_pylist()) == {""} for table in tables) == [False, True, True, True]
+    types = {"action": pyarrow.string(), "flagged": pyarrow.bool_(), "score": pyarrow.float64(), "text": pyarrow.string(), "error": pyarrow.string()}
+    assert all(table.schema.field(name).type == kind for table in tables for name, kind in types.items())
+    found = sorted(parquet.read_table(out).to_pylist(), key=lambda row: row["id"])
+    assert [row["id"] for row in found] == list(range(20)) and [row["id"] for row in found if row["flagged"]] == [0, 5, 10, 15]
+    bad = ray.data.read_parquet(str(out)).filter(lambda row: row["action"] == "error").take_all()
+    assert [(row["id"], row["error"], row["text"]) for row in bad] == [(7, "TypeError", REFUSAL)] and np.isnan(bad[0]["score"])
 
 
 def test_throughput_is_measured_beside_one_process(real_base, tmp_path):

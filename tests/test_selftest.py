@@ -44,7 +44,7 @@ class WordCursor:
     def start(self, ids):
         self.ids = list(ids)
 
-    def feed(self, ids):
+    def feed(self, ids, check=None):
         logits = []
         for token in ids:
             self.ids.append(token)

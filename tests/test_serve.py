@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ for package in ("starlette", "uvicorn", "httpx"):
 
 import httpx
 from conftest import LLAMA_SERVER
-from serve_fakes import DONE, MARKER, FakeDetector, FakeDetoxifier, FakeUpstream, chunk, completion, serving, spoken, until
+from serve_fakes import DONE, MARKER, FakeDetector, FakeDetoxifier, FakeUpstream, chunk, completion, serving, spoken, sse, until
 
 from protector.errors import ModelError
 from protector.guard import REFUSAL, Protector
@@ -267,6 +268,52 @@ def test_21_a_client_that_leaves_while_the_upstream_is_silent(proxy):
         time.sleep(0.1)
         client.close()
         assert proxy.upstream.left.wait(3) and proxy.is_idle()
+
+
+def _slow(proxy, seconds=60.0):
+    """Make whole answers take so long where nothing asks them to stop; returns a list that grows by each that begins."""
+    begun, inner = [], proxy.detector.running_logits
+
+    def running_logits(sequences, starts, deadline=None):
+        begun.append(1)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.02)
+            if deadline:
+                deadline()
+        return inner(sequences, starts, deadline)
+
+    proxy.detector.running_logits = running_logits
+    return begun
+
+
+@pytest.mark.parametrize("path, payload", [("/v1/guard", {"answer": SAFE}), ("/v1/moderations", {"input": [SAFE] * 64}), ("/v1/chat/completions", CHAT)])
+def test_20_21_long_answers_hold_up_nothing_else_and_end_when_their_clients_leave(proxy, path, payload):
+    """Regression: 16 of them held every thread, those for bodies and streams among them, for as long as they took."""
+    proxy.upstream.parts = lambda payload: (sse(*spoken(SAFE), DONE) if payload.get("stream") else [json.dumps(completion(SAFE)).encode()])
+    proxy.upstream.headers = {"content-type": "text/event-stream"}
+    assert proxy.client.get("/ready").status_code == 200
+    begun, body, clients, start = _slow(proxy), json.dumps(payload).encode(), [], time.monotonic()
+    for _ in range(20):
+        clients.append(socket.create_connection(("127.0.0.1", int(proxy.url.rsplit(":", 1)[1]))))
+        clients[-1].sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+    assert until(lambda: proxy.server.n_requests == 20 and len(begun) == 16, 20)
+    assert proxy.client.post("/v1/guard", content=b"{", headers={"content-type": "application/json"}).status_code == 400
+    assert content(proxy.stream()[1]) == SAFE
+    for client in clients:
+        client.close()
+    assert until(proxy.is_idle, 20) and time.monotonic() - start < 50
+
+
+@pytest.mark.parametrize("proxy", [{"answer_s": 0.4}], indirect=True)
+def test_19_answer_s_ends_the_guards_work(proxy):
+    proxy.upstream.json(completion(SAFE))
+    _slow(proxy)
+    start = time.monotonic()
+    for path, payload in (("/v1/guard", {"answer": SAFE}), ("/v1/moderations", {"input": [SAFE] * 9}), ("/v1/chat/completions", CHAT)):
+        response = proxy.client.post(path, json=payload)
+        assert response.status_code == 503 and response.json()["error"]["message"] == "serve: an answer must end within 0.4 s. Raise answer_s."
+    assert time.monotonic() - start < 50 and proxy.is_idle() and not proxy.server.protector.counters
 
 
 # -- load
@@ -528,6 +575,59 @@ def test_58_slow_and_broken_clients(proxy):
     assert proxy.client.get("/health").status_code == 200 and proxy.is_idle()
 
 
+@pytest.mark.parametrize("proxy", [{"timeout_s": 0.3}], indirect=True)
+def test_58_silent_clients_are_cut_off(proxy):
+    """Regression: connections without a whole header were kept for ever, until limit_concurrency of them kept all others out."""
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    for data in (b"", b"POST /v1/guard HTTP/1.1\r\nhost", whole, whole + b"GET /hea", whole + whole + b"GET"):
+        with socket.create_connection(("127.0.0.1", int(proxy.url.rsplit(":", 1)[1])), 20) as client:
+            client.sendall(data)
+            received = b""
+            while part := client.recv(4096):
+                received += part
+            assert received.count(b"alive") == data.count(whole)
+    assert proxy.client.get("/health").status_code == 200 and proxy.is_idle()
+
+
+def test_58_clients_that_take_no_bytes_are_cut_off():
+    import uvicorn
+    from uvicorn.server import ServerState
+
+    class Loop:
+        """Its one timer rings when the test says so."""
+
+        def call_later(self, delay_s, function, *arguments):
+            self.ring = lambda: function(*arguments)
+            return SimpleNamespace(cancel=lambda: None)
+
+    class Transport:
+        n_waiting, is_aborted = 0, False
+
+        def get_extra_info(self, name, default=None):
+            return default
+
+        def get_write_buffer_size(self):
+            return self.n_waiting
+
+        def abort(self):
+            self.is_aborted = True
+
+    loop, transport = Loop(), Transport()
+    protocol = uvicorn_options(ServeConfig())["http"](uvicorn.Config(lambda: None), ServerState(), {}, loop)
+    protocol.connection_made(transport)
+    protocol.cycle = SimpleNamespace(response_complete=False)
+    for n_waiting in (0, 0, 50_000, 50_000):  # the answer isn't there yet, or slow to come
+        transport.n_waiting = n_waiting
+        loop.ring()
+    protocol.pause_writing()
+    for n_waiting in (100_000, 99_000, 98_000):  # a slow client
+        transport.n_waiting = n_waiting
+        loop.ring()
+    assert not transport.is_aborted
+    loop.ring()
+    assert transport.is_aborted
+
+
 def test_59_a_client_cannot_loosen_the_guard(proxy):
     proxy.upstream.json(completion(HARMFUL))
     fields = {"threshold": 1.0, "on_flag": "report", "on_error": "pass", "protector": {"enabled": False}, "guard": False,
@@ -605,7 +705,7 @@ def test_run_serves_on_loopback_with_bounded_headers(monkeypatch):
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: served.update(options, app=app))
     monkeypatch.setenv("PROTECTOR_TOKEN", "token")
     command_line.main(["serve", "--upstream", "http://127.0.0.1:1/v1", "--port", "9"])
-    assert (served["host"], served["port"], served["http"], served["access_log"]) == ("127.0.0.1", 9, "h11", False)
+    assert (served["host"], served["port"], served["access_log"]) == ("127.0.0.1", 9, False) and "H11Protocol" in str(served["http"].__bases__)
     server = served["app"].state.server
     assert server.token == "token" and server.upstream_url == "http://127.0.0.1:1/v1/chat/completions"
     assert server.config.requests == 64 and MARKER not in repr(server.config)

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from protector import DeadlineExceeded, Protector, ProtectorError
 from protector.guard import REFUSAL
 from protector.llama import _Cursor
+from protector.normalise import normalised
 from protector.running import PATIENCE
-from protector.template import windows
-from protector.stream import STEP_TOKENS, VIEW_TOKENS, Event, StreamGuard
+from protector.template import Limits, Template, windows
+from protector.stream import STEP_TOKENS, VIEW_TOKENS, Event, StreamGuard, safe_cut
 
 Q, BETTER = "How do I clean this?", "Never mix cleaners."
 SAFE = "Use warm water and a soft cloth, then dry it well. Don't rub!\n\n1. Soak it 10 min.\n2. Rinse it.\n"
@@ -181,11 +182,15 @@ def test_nothing_is_released_while_the_score_is_over_the_threshold(ids):
 def test_a_flagged_window_ends_the_stream(ids):
     """The score of a finished window is part of the whole answer's: no need to go on."""
     logits = iter([-5.0] * (SMALL.window - 1) + [5.0] + [-5.0] * 1000)  # its last token alone: no alarm while it runs
-    p, detector = make(ids, detector=FakeDetector(ids, change=lambda batch: np.array([next(logits) for _ in batch])))
+    p, detector = make(ids, BETTER, detector=FakeDetector(ids, change=lambda batch: np.array([next(logits) for _ in batch])))
     state = StreamGuard(p, Q)
-    events = [event for chunk in cut(" calm" * 200, 5) for event in state.push(chunk)]
+    text = " ".join(map(str, range(100)))
+    events = [event for chunk in cut(text, 5) for event in state.push(chunk)]
     v = events[-1].verdict
-    assert v.action == "refuse" and v.score == pytest.approx(1 / (1 + math.exp(-5))) and v.usage["windows"] == 2 and detector.n_fed < 40
+    assert v.action == "rewrite" and v.score == pytest.approx(1 / (1 + math.exp(-5))) and v.usage["windows"] == 1 and detector.n_fed < 40
+    # Regression: the detoxifier read the next window.
+    template, flagged = p.detoxifier.template, ids.decode(ids.encode(text)[:SMALL.window])
+    assert p.detoxifier.calls[0]["prompt"] == template.rewrite_prompt(Q, flagged) and flagged.startswith("0 1 2")
 
 
 def test_on_flag_report_shows_all_and_says_flagged(ids):
@@ -242,6 +247,58 @@ def test_a_payload_over_several_chunks_and_views_is_seen(ids):
     for sizes in CHUNKINGS:
         events = list(p.stream(Q, cut(SAFE * 3 + payload + " " + SAFE * 3, *sizes)))
         assert events[-1].verdict.flagged and payload[:20] not in joined(events)
+
+
+@pytest.mark.parametrize("score, action", [(0.73, "pass"), (0.74, "refuse")])  # one logit over 0.5 is 0.731
+def test_a_part_of_the_view_by_itself_needs_a_margin_for_an_alarm(ids, score, action, monkeypatch):
+    """Regression: a long harmless answer in capitals was scored anew each 32 tokens, begun in mid-sentence, and the highest score counted."""
+    p, _ = make(ids)
+    text, parts = (SAFE * 8).upper(), []
+
+    def of_views(item, deadline, views):
+        parts.extend(views)
+        is_whole = views[0] == normalised(text)
+        return 0.2 if is_whole else (0.1, 0.1, score)[len(parts) % 3], {"tokens": 9, "windows": 1, "looks": 0}, None
+
+    monkeypatch.setattr(p, "_score", of_views)
+    state, shown = StreamGuard(p, Q, hold=0), [0]  # shown: characters at each part
+    for chunk in cut(text, 3):
+        state.push(chunk)
+        shown += [state.released] * (len(parts) >= len(shown))
+    events = state.finish()
+    if action == "refuse":
+        assert len(parts) == 2 and events == [] and state.done
+        return
+    v = events[-1].verdict
+    assert (v.action, v.flagged, v.text) == ("pass", False, text) and v.usage["fragments"] == len(parts) - 1 > 4 and v.score < 0.5
+    # What a part over the threshold read waits for the next one.
+    assert 0 < shown[1] == shown[2] < shown[3] < shown[4] == shown[5] < shown[6]
+
+
+def test_m36_a_view_longer_than_the_limit_is_scored_as_in_guard(ids):
+    """Regression: the stream ended in input_too_long."""
+    p, _ = make(ids, max_bytes=300)
+    text = "\u33af" * 100  # 300 bytes; each looks like "rad/s2"
+    whole, last = p.guard(Q, text), list(p.stream(Q, cut(text, 9)))[-1].verdict
+    assert len(normalised(text).encode()) > 2 * p.max_bytes and whole.action == last.action == "pass" and last.score == pytest.approx(whole.score, abs=1e-6)
+    assert p.guard(Q, text + "x").action == "error"
+
+
+def test_m16_usage_is_that_of_guard(ids):
+    p, _ = make(ids)
+    p.detector.path = "models/detector.gguf"
+    for text in (SAFE * 3, (SAFE * 3).upper(), "so b\u200blue", " ", HARMFUL):
+        for q, history in ((Q * 30, [("Hi?", "Hello. " * 200)]), ("", None)):
+            last, whole = list(p.stream(q, cut(text, 7), history))[-1].verdict, p.guard(q, text, history).usage
+            usage = {key: value for key, value in last.usage.items() if key not in ("ms", "shown_chars")}
+            n, tokens = usage.pop("fragments", 0), usage.pop("fragment_tokens", 0)
+            assert (n > 0) == (tokens > 0) == (text == (SAFE * 3).upper())
+            whole.pop("ms")
+            assert usage == whole or last.flagged and usage.keys() == whole.keys()
+    detector = FakeDetector(ids, change=lambda logits: logits * (math.nan if detector.n_fed > 30 else 1))
+    p, _ = make(ids, detector=detector)
+    usage = list(p.stream(Q, cut(SAFE * 3, 3)))[-1].verdict.usage
+    assert (usage["backend"], usage["input"], usage["windows"]) == ("fake", "pair", 2) and usage["tokens"] > 20 and usage["ms"] > 0
 
 
 # -- errors and ends
@@ -364,7 +421,7 @@ def test_m17_a_stream_over_the_limit(ids):
     start = time.process_time()
     p.max_bytes = 256 * 1024
     assert list(p.stream(Q, ["x" * 100_000_000]))[-1].verdict.action == "error"
-    assert time.process_time() - start < 0.2  # most of it is making the text
+    assert time.process_time() - start < 0.5  # most of it is making the text
 
 
 def test_m41_a_stream_that_never_ends_meets_the_deadline(ids):
@@ -461,6 +518,23 @@ def test_m21_an_async_client_that_is_cancelled(ids):
     n_open, n_steps = asyncio.run(main())
     time.sleep(0.15)
     assert (n_open, closed, detector.n_steps) == (0, [1], n_steps)
+
+
+def test_m21_a_callers_check_stops_a_step_past_the_error_policy(ids):
+    class Gone(BaseException):
+        pass
+
+    def check():
+        if detector.n_steps >= 3:
+            raise Gone
+
+    p, detector = make(ids, on_error="pass")
+    state = StreamGuard(p, Q, check=check)
+    with pytest.raises(Gone):
+        state.push("calm " * 20_000)
+    assert detector.n_steps <= 4 and state.time_left_s() is None
+    state.close()
+    assert detector.n_open == 0 and not p.counters
 
 
 def test_close_from_another_thread_in_a_step(ids):
@@ -599,6 +673,37 @@ def test_tokenisers_that_join_a_sign_and_a_line_end_are_cut_elsewhere(ids):
     for sizes in CHUNKINGS:
         assert list(p.stream(Q, cut(text, *sizes)))[-1].verdict.score == pytest.approx(p.score(Q, text), abs=1e-6)
 
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_m36_sentencepiece_is_cut_where_its_mark_before_a_text_changes_nothing(ids, is_old):
+    """Regression: OpenLLaMA's and Vicuna's put a mark before each line that a stream began with, which guard() hasn't."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers (extra train)")
+    tokenizer, metaspace = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>")), tokenizers.pre_tokenizers.Metaspace
+    tokenizer.pre_tokenizer = metaspace(prepend_scheme="first")  # as SentencePiece learns: no token goes on into another word
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator([TEXTS["English"], TEXTS["Chinese"], "One two"], trainer)
+    tokenizer.pre_tokenizer = metaspace(prepend_scheme="first", split=False)
+    if is_old:  # conversions of a tokenizer.model once had it so: a space at a text's begin gets another mark
+        parts = [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+        tokenizer.normalizer, tokenizer.pre_tokenizer = tokenizers.normalizers.Sequence(parts), None
+
+    class SentencePiece:
+        def encode(self, text):
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+        def special(self, name):
+            return {"bos": 1, "eos": 2}.get(name)
+
+        def decode(self, ids):
+            return tokenizer.decode(ids)
+
+    cuts, text = safe_cut(Template(SentencePiece())), "One two\nThree, four.\n\nFive\t6 \u4f60\u597d\uff0c\u4e16\u754c\u3002 seven\n" * 4
+    assert bool(cuts.search("One two")) == (not is_old) and not cuts.search("One\ntwo") and not cuts.search("\u4f60\u597d\uff0c")
+    p, _ = make(ids, detector=FakeDetector(SentencePiece(), Limits(window=64, overlap=16, question_tokens=16)))
+    for sizes in CHUNKINGS:
+        events = list(p.stream(Q, cut(text, *sizes)))
+        assert joined(events) == text and events[-1].verdict.score == pytest.approx(p.score(Q, text), abs=1e-6)
+        assert (len(events) > 1) == (not is_old)
 
 
 def test_m57_an_event_does_not_print_its_text():

@@ -6,7 +6,7 @@ import pytest
 from evaluate_fakes import FakeDetector, FakeDetoxifier
 from test_evaluate_judge import fake_embed
 
-from protector.evaluate import metrics, table
+from protector.evaluate import metrics, replay, rows, table
 from protector.evaluate.rows import Row
 from protector.evaluate.table import TableConfig
 
@@ -20,7 +20,9 @@ def write(path, questions):
                             for i in questions for j, (text, label) in enumerate([(HARMFUL, 1), (MISSED, 1), (HARMLESS, 0), (HARMLESS, 0)])))
 
 
-def test_the_whole_table_by_hand(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Data in tmp_path and fakes in place of weights; a list of (folder, threshold) of the guards that were made."""
     for name, questions in (("train", range(4)), ("judge", range(10, 20)), ("measure", range(20, 30))):
         write(tmp_path / f"{name}.jsonl", questions)
     (tmp_path / "detector.gguf").touch()
@@ -33,19 +35,43 @@ def test_the_whole_table_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table, "Protector", protector)
     monkeypatch.setattr(table, "Embedder", lambda: fake_embed)
     monkeypatch.setattr(table, "BaseModel", lambda: type("Fake", (), {"generate": staticmethod(lambda question, n: "Then mix bleach and vinegar.")}))
-    result = table.run(TableConfig(str(tmp_path), str(tmp_path), answers=10, results=str(tmp_path)))
+    return made
+
+
+def test_the_whole_table_by_hand(made, tmp_path, capsys):
+    result = table.run(TableConfig(str(tmp_path), str(tmp_path), answers=20, results=str(tmp_path)))
     assert result["models"].keys() == {"shipped", "this run", "bag of words"} and made == [(table.WEIGHTS, None), (tmp_path, 0.5)]
     ours = result["models"]["shipped"]
     assert (ours["n"], ours["harmful"], ours["false_positives"]["k"], ours["harmless_changed_without_flag"]["k"]) == (40, 20, 0, 0)
-    # Ten of twenty harmful answers in even steps: of each question the first, which the detector knows.
+    # Of the two harmful answers to each of ten questions the detector knows one.
     labelled, own = ours["labelled"], ours["base"]
-    assert (labelled["before"]["k"], labelled["flagged"]["k"], labelled["after"]["k"]) == (10, 10, 0)
-    assert (own["before"]["k"], own["flagged"]["k"], own["after"]["k"]) == (10, 10, 0)
+    assert (labelled["before"]["k"], labelled["flagged"]["k"], labelled["after"]["k"]) == (20, 10, 10)
+    assert (own["before"]["k"], own["flagged"]["k"], own["after"]["k"]) == (20, 20, 0)
     assert json.loads((tmp_path / "table.json").read_text())["models"]["shipped"]["auroc"]["value"] == ours["auroc"]["value"]
     printed = capsys.readouterr().out
     assert printed.strip() == table.markdown(result)
     low = 100 * metrics.wilson(10, 10)[0]
-    assert f"| base model's own answers: judged harmful before -> after | 100 % [{low:.0f}, 100], n 10 -> 0 % [0, {100 - low:.0f}], n 10 |" in printed
+    assert f"| base model's own answers: judged harmful before -> after | 100 % [{low:.0f}, 100], n 20 -> 0 % [0, {100 - low:.0f}], n 20 |" in printed
+    assert printed.strip().endswith("Guards: shipped: fake.gguf (sha256 000000000000); this run: fake.gguf (sha256 000000000000).")
+    for model in result["models"].values():
+        model.pop("detector", None)  # of an older run
+    assert "Guards" not in table.markdown(result)
+
+
+def test_few_rows_are_spread_by_their_hash(made, tmp_path):
+    result = table.run(TableConfig("", str(tmp_path), most=12, answers=2, results=str(tmp_path)))
+    held_out = rows.read(tmp_path / "measure.jsonl")
+    assert result["rows"] == {"own": 12} and result["rows_sha256"] == rows.fingerprint(replay.fewest(held_out, 12)) != rows.fingerprint(held_out[:12])
+
+
+def test_the_refusal_sentence_is_harmless_whatever_the_judge_says(monkeypatch):
+    Protector = table.Protector
+    monkeypatch.setattr(table, "Protector", lambda *_, **__: Protector(FakeDetector(), FakeDetoxifier("bleach and vinegar"), threshold=0.5))
+    harmful = [Row("May I?", text.format(i), 1) for i in range(3) for text in (HARMFUL, MISSED)]
+    harmless = [Row("May I?", HARMLESS.format(i), 0) for i in range(3)]
+    seen = []
+    found = table._measure(None, None, 0.5, harmful + harmless, harmful, harmless, [], lambda pairs: seen.extend(pairs) or [True] * len(pairs))["labelled"]
+    assert (found["before"]["k"], found["flagged"]["k"], found["rewritten"]["k"], found["after"]["k"]) == (6, 3, 0, 3) and seen == [row.pair for row in harmful]
 
 
 def test_false_positives_count_questions_not_answers():

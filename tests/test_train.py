@@ -176,9 +176,10 @@ def test_load_rows(tiny, template, tmp_path, monkeypatch):
     assert train.load_rows(replace(detector, kind="detoxifier", refusal_cap=1.0)) == [
         Triple("A", "one", "two", "pairs"), Triple("C", "good", "bad", "triples")]
     with monkeypatch.context() as patch:  # replies: in place of accepted answers, or as harmless pairs more
-        patch.setattr(data, "replies", lambda: {data.question_digest("c"): ["kind"]})
-        assert train.load_rows(replace(detector, replies=True))[6:] == [Pair("C", "kind", 0, "replies")]
-        assert train.load_rows(replace(detector, kind="detoxifier", refusal_cap=1.0, replies=True))[1:] == [Triple("C", "kind", "bad", "triples")]
+        patch.setattr(data, "replies", lambda path, kind: {data.question_digest("c"): [f"{kind} reply"]})
+        for option, reply in (("replies", "accepted reply"), ("plain", "plain reply")):
+            assert train.load_rows(replace(detector, **{option: True}))[6:] == [Pair("C", reply, 0, "replies")]
+            assert train.load_rows(replace(detector, kind="detoxifier", refusal_cap=1.0, **{option: True}))[1:] == [Triple("C", reply, "bad", "triples")]
     with monkeypatch.context() as patch:  # grades: the label of a graded answer, and graded answers more
         patch.setattr(data, "GRADES", file("grades.jsonl", {"answer_sha256": data.answer_digest("a", "two"), "grade": 0.25},
                                            {"question_sha256": data.question_digest("c"), "answer": "so so", "grade": 0.5}))
@@ -418,6 +419,15 @@ def test_two_processes_train_as_one(tiny, rows, tmp_path, trained):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-4)
     sequences = sequences_of(one, [("Question 1?", GOOD), ("Question 2?", BAD)])
     assert two.logits(sequences) == pytest.approx(one.logits(sequences), abs=5e-3)
+
+
+def test_processes_that_would_go_on_from_other_steps_say_so(tiny, rows, tmp_path):
+    """Regression: on machines without a shared folder the first one resumed and the others began anew, with other batches and rates."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.replace("train.train(", "train._resume = lambda *_: (int(__import__('os').environ['RANK']), 0.0, 0)\ntrain.train(", 1))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, "detector", rows,
+                           tmp_path / "two", tiny.folder], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "every process must go on from one checkpoint" in done.stderr
 
 
 def test_bf16_is_taken_where_it_was_the_faster_one(monkeypatch):

@@ -13,11 +13,14 @@
     python -m protector evaluate all --data dev/ --report report/
 """
 import sys
+import traceback
+from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
-from ..errors import DataError, MissingPackage
+from ..errors import DataError, MissingPackage, ProtectorError
 from ..options import ModelOptions, option
 
 PARTS = ("judge", "detectors", "replay", "utility", "exact", "mm-safetybench", "figstep", "typographic", "likelihood")
@@ -40,6 +43,7 @@ class EvaluateConfig(ModelOptions):
     on_flag: str = option("rewrite", "rewrite or refuse")
     judge_url: str = option("", "OpenAI-compatible server of a judge; the offline judge if empty")
     judge_model: str = option("", "the judge's name there")
+    judge_templates: str = option("", "MM-SafetyBench's evaluation.py, for its own six prompts (read, never run); this project's wording if empty")
     mllm: str = option("stand-in", "stand-in (OCR + base model), openai, llama.cpp, transformers, or replay of recorded answers")
     mllm_url: str = option("", "server of the MLLM (openai)")
     mllm_model: str = option("", "name (openai), GGUF file (llama.cpp), folder (transformers), or JSONL file of answers (replay)")
@@ -63,34 +67,43 @@ def run(config):
     """Evaluate what the configuration names; results go to config.out, tables in Markdown to stdout.
 
     Returns:
-        0
+        0; 3 if a part failed under all: it is named on stderr, the others go on, and the report is drawn. A part whose package is
+        missing is left out and named, too, and is no failure.
     Raises:
-        DataError, ModelError, ValueError: what is wrong with the input, before anything long starts where it can be known. Under
-            all, a part whose package is missing is left out and named on stderr.
+        DataError, ModelError, ValueError: what is wrong with the input, before anything long starts where it can be known.
     """
     from . import record, report
 
-    what = _parts(config)
+    what, failed = _parts(config), []
     if what:
-        done = _Evaluation(config)
+        _check(config)
+        done = _Evaluation(config, what)
+        for folder in filter(None, (config.out, config.report)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
         for part in what:
             try:
                 for name, result in done.measure(part):
                     path = record.write(config.out, name, result, asdict(config))
                     print(f"wrote {path}", file=sys.stderr)
-            except MissingPackage as error:
+            except Exception as error:  # hours of other parts stand beside it
                 if "all" not in config.what:
                     raise
+                if not isinstance(error, MissingPackage):
+                    failed.append(part)
+                if not isinstance(error, (ProtectorError, ValueError, RuntimeError, OSError)):
+                    traceback.print_exc()
                 print(f"evaluate: without {part}. {error}", file=sys.stderr)
     results = record.read_all(config.out)
-    if not results:
+    if not results and not failed:
         raise DataError(f"evaluate: out must hold results, got none in {config.out}. Run a part first.")
     for _, _, tables in report.tables_of(results):
         for table in tables:
             print(report.markdown(table))
     if config.report:
         print(f"wrote {report.write(results, config.report)}", file=sys.stderr)
-    return 0
+    if failed:
+        print(f"evaluate: {', '.join(failed)} failed, see above; what {config.out} holds of that is of an earlier run or not whole.", file=sys.stderr)
+    return 3 if failed else 0
 
 
 def _parts(config):
@@ -115,22 +128,44 @@ def _parts(config):
     return [part for part in PARTS if part in config.what]
 
 
-class _Evaluation:
-    """One run's inputs and models, each made when first needed."""
+def _check(config):
+    """Options and paths that would fail hours later."""
+    if config.on_flag not in ("rewrite", "refuse"):
+        raise ValueError(f"evaluate: on_flag must be rewrite or refuse, got {config.on_flag!r}.")
+    for name, least in (("most", 0), ("questions", 0), ("tokens", 1), ("draws", 1), ("workers", 1)):
+        if getattr(config, name) < least:
+            raise ValueError(f"evaluate: {name} must be {least} or more, got {getattr(config, name)}.")
+    of_server = [("mllm_url", "mllm_model")] if config.mllm == "openai" else []
+    for first, second in [("judge_url", "judge_model"), ("exact_questions", "exact_answers"), *of_server]:
+        if bool(getattr(config, first)) != bool(getattr(config, second)):
+            raise ValueError(f"evaluate: {first} and {second} must be given together, got one of them.")
+    for name in ("detector", "detoxifier", "exact_questions", "exact_answers"):
+        path = getattr(config, name)
+        if path and not Path(path).exists():
+            raise DataError(f"evaluate: {name} must be there, got nothing at {path}. Check the path.")
 
-    def __init__(self, config):
-        from . import likelihood, mllm, rows
+
+class _Evaluation:
+    """One run's inputs, read at the start, and models, each made when first needed."""
+
+    def __init__(self, config, what):
+        from . import benchmarks, judge, likelihood, mllm, rows, utility
+        from .endpoint import Endpoint
 
         self.config, self.progress = config, sys.stderr.isatty()
         self.inputs = rows.gather(config.data) if config.data else None
         self.related = likelihood.read_images(config.related) if config.related else []
         self.recorded = mllm.read_recorded(config.mllm_model) if config.mllm == "replay" else {}
-        self._made = {}
-
-    def _once(self, name, make):
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+        self.strong = Endpoint(config.judge_url, config.judge_model) if config.judge_url else None
+        self.templates = judge.read_templates(config.judge_templates) if config.judge_templates else None
+        self.exact = utility.read_exact(config.exact_questions, config.exact_answers) if "exact" in what else None
+        if "mm-safetybench" in what:
+            self.mm_safetybench = self._said("mm-safetybench", *benchmarks.read_mm_safetybench(
+                config.mm_safetybench, config.kinds, config.questions, config.tiny))
+        if "figstep" in what:
+            self.figstep = self._said("figstep", *benchmarks.read_figstep(config.figstep, config.tiny, config.questions))
+        if config.mllm not in ("stand-in", "replay") and not {"mm-safetybench", "figstep", "typographic", "likelihood"}.isdisjoint(what):
+            self.raw_client  # a wrong address or model
 
     @property
     def rows(self):
@@ -139,88 +174,74 @@ class _Evaluation:
                             "pip download --no-deps pyrit==1.1.0")
         return self.inputs
 
-    @property
+    @cached_property
     def guard(self):
         from ..guard import Protector
 
         config = self.config
-        return self._once("guard", lambda: Protector(config.detector or None, config.detoxifier or None, on_flag=config.on_flag,
-                                                     detoxifier_options={"n_threads": config.threads or None}, **config.scoring))
+        return Protector(config.detector or None, config.detoxifier or None, on_flag=config.on_flag,
+                         detoxifier_options={"n_threads": config.threads or None}, **config.scoring)
 
-    @property
+    @cached_property
     def embed(self):
         from .embed import Embedder
 
-        return self._once("embed", Embedder)
+        return Embedder()
 
-    @property
+    @cached_property
     def split(self):
-        """(the judge's training rows, rows to measure on), all of them."""
-        from .judge import judge_rows
+        """[(the judge's training rows, rows to measure on)], all of them; two where the halves are swapped."""
+        from .judge import judge_folds
 
-        return self._once("split", lambda: judge_rows(self.rows.pairs, self.rows.judge, self.rows.train, self.rows.halve))
+        return judge_folds(self.rows.pairs, self.rows.judge, self.rows.seen, self.rows.halve)
 
-    @property
+    @cached_property
     def chosen(self):
         """The split, cut to what is asked for: the judge learns from ten times as many answers per source as are judged."""
         from .replay import fewest
 
-        return self._once("chosen", lambda: [fewest(part, n) for part, n in zip(self.split, (10 * self.config.most, self.config.most))])
+        kept = {id(row) for row in fewest([row for _, measure in self.split for row in measure], self.config.most)}
+        return [(fewest(train, 10 * self.config.most), [row for row in measure if id(row) in kept]) for train, measure in self.split]
 
     @property
     def own_answers(self):
-        """This project's own short answers to alarming questions, of both labels, without what the judge learned from."""
+        """This project's own short answers to alarming questions, of both labels, which no offline judge learns from."""
         from .. import data
         from .replay import fewest
         from .rows import read
 
-        learned = {row.question for row in self.chosen[0]}
-        return fewest([row for row in read(data.CORPUS / "compliance.jsonl") if row.question not in learned], self.config.most)
+        return fewest(read(data.CORPUS / "compliance.jsonl"), 100 if self.strong else self.config.most)
 
-    @property
+    @cached_property
     def judge(self):
-        return self._once("judge", self._new_judge)
-
-    def _new_judge(self):
-        from .endpoint import Endpoint
-        from .judge import EndpointJudge, train_offline
+        from .judge import OWN, EndpointJudge, agreement, train_offline
         from .replay import fewest
 
-        config = self.config
-        if not config.judge_url:
-            return train_offline(*self.chosen, self.embed, progress=self.progress)
-        judge = EndpointJudge(Endpoint(config.judge_url, config.judge_model), config.workers)
-        if self.inputs is not None:  # a benchmark needs no labelled answers; the judge then says that it wasn't measured
-            judge.measure(fewest(self.rows.pairs, 40), self.progress)
+        judge = (EndpointJudge(self.strong, self.config.workers, self.templates) if self.strong
+                 else train_offline(self.chosen, self.embed, progress=self.progress))
+        if self.inputs is not None:  # a benchmark needs no labelled answers; a strong judge then says that it wasn't measured
+            if self.strong:
+                judge.measure(fewest(self.rows.pairs, 40), self.progress)
+            judge.measured[OWN] = agreement(judge, self.own_answers, self.progress)
         return judge
 
-    @property
+    @cached_property
     def relevance(self):
-        return self._once("relevance", self._new_relevance)
-
-    def _new_relevance(self):
         from . import relevance
-        from .endpoint import Endpoint
         from .replay import fewest
 
-        config = self.config
-        if not config.judge_url:
-            return relevance.train_offline(*self.chosen, self.embed)
-        return relevance.ask_endpoint(Endpoint(config.judge_url, config.judge_model), fewest(self.rows.pairs, 20), config.workers)
+        if not self.strong:
+            return relevance.train_offline(*self.chosen[0], self.embed)
+        return relevance.ask_endpoint(self.strong, fewest(self.rows.pairs, 20), self.config.workers)
 
     def client(self, samples):
         """Who answers a benchmark's samples; what was asked is kept on disk, and recorded answers stand there already."""
         from .mllm import Cached, Replay
 
-        if self.config.mllm == "replay":
-            return Replay.of(self.recorded, samples, self.config.mllm_model)
-        return self._once("client", lambda: Cached(self.raw_client))
+        return Replay.of(self.recorded, samples, self.config.mllm_model) if self.config.mllm == "replay" else Cached(self.raw_client)
 
-    @property
+    @cached_property
     def raw_client(self):
-        return self._once("raw client", self._new_client)
-
-    def _new_client(self):
         from . import mllm
         from .endpoint import Endpoint
 
@@ -252,54 +273,59 @@ class _Evaluation:
         from . import replay, rewrites
         from .base_model import BaseModel
 
-        result, outcomes = replay.evaluate(self.guard, self.chosen[1], self.judge, self.progress)
+        result, outcomes = replay.evaluate(self.guard, [row for _, measure in self.chosen for row in measure], self.judge, self.progress)
         yield "replay", result
         yield "rewrites", rewrites.evaluate(self.guard, outcomes, self.judge, self.embed, self.relevance,
-                                            BaseModel(n_threads=self.config.threads or None), self.own_answers)
+                                            BaseModel(n_threads=self.config.threads or None), () if self.strong else self.chosen[0][0])
 
     def measure_utility(self):
         from . import replay, utility
 
         harmless = self.rows.benign + [row for row in self.rows.pairs if not row.label]
-        yield "utility", utility.evaluate(self.guard, replay.fewest(harmless, self.config.most), utility.seconds_per_token(n_threads=self.config.threads or None),
-                                          self.progress)
+        yield "utility", utility.evaluate(self.guard, replay.fewest(harmless, self.config.most),
+                                          utility.seconds_per_token(n_threads=self.config.threads or None), self.progress)
 
     def measure_exact(self):
         from . import utility
 
-        name, items, missing = utility.read_exact(self.config.exact_questions, self.config.exact_answers)
+        name, items, missing = self.exact
         yield f"exact-{name.lower()}", utility.exact_match(self.guard, name, items, missing, self.progress)
 
-    def _benchmark(self, name, read):
+    def _said(self, part, samples, missing):
+        """A benchmark's samples and what is missing, as they are, after they are said on stderr: nothing has been asked yet."""
+        counts = Counter(sample.kind for sample in samples)
+        print(f"{part}: {', '.join(f'{n:,} {kind}' for kind, n in counts.items()) or 'nothing'} to ask", *missing,
+              sep=f"\n{part}: missing: ", file=sys.stderr)
+        if not samples:
+            raise DataError(f"evaluate: {part} must have something to ask, got nothing. Pass other --kinds, or the missing files.")
+        if self.config.mllm == "replay":
+            self.client(samples)  # an error if no answer fits
+        return samples, missing
+
+    def _benchmark(self, name, samples, missing):
         from . import benchmarks
 
-        samples, missing = read
         # A table of its own for each model that is asked; the stand-in's has the plain name.
         stem = name.lower() if self.config.mllm == "stand-in" else f"{name.lower()}-{Path(self.config.mllm_model).stem.lower()}"
         yield stem, benchmarks.evaluate(name, self.client(samples), self.guard, samples, missing, self.judge, self.progress,
                                                 self.config.workers if self.config.mllm == "openai" else 1)
 
     def measure_mm_safetybench(self):
-        from .benchmarks import read_mm_safetybench
-
-        config = self.config
-        return self._benchmark("MM-SafetyBench", read_mm_safetybench(config.mm_safetybench, config.kinds, config.questions, config.tiny))
+        return self._benchmark("MM-SafetyBench", *self.mm_safetybench)
 
     def measure_figstep(self):
-        from .benchmarks import read_figstep
-
-        return self._benchmark("FigStep", read_figstep(self.config.figstep, self.config.tiny, self.config.questions))
+        return self._benchmark("FigStep", *self.figstep)
 
     def measure_typographic(self):
         from .benchmarks import typographic
 
-        return self._benchmark("Typographic requests", typographic(self.split[1], 10 * self.config.questions))
+        return self._benchmark("Typographic requests", *self._said("typographic", *typographic(self.split[0][1], 10 * self.config.questions)))
 
     def measure_likelihood(self):
         from .. import data
         from . import benchmarks, likelihood
 
-        pairs = [data.Pair(row.question, row.answer, row.label, row.source) for row in self.split[1] if row.question.strip()]
+        pairs = [data.Pair(row.question, row.answer, row.label, row.source) for row in self.split[0][1] if row.question.strip()]
         triples = data.triples_of(pairs, most_per_question=1)
         triples.sort(key=lambda triple: sha256(triple.question.encode("utf-8", "replace")).digest())  # of every source, not the first
         triples = triples[:3 * self.config.questions or None]

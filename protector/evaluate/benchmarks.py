@@ -111,8 +111,11 @@ def read_mm_safetybench(folder, kinds=KINDS, most=0, tiny=False, cache=None):
     Returns:
         (list of Sample, list of what is missing: a line per kind with its images' ids, and one per scenario without questions)
     Raises:
+        ValueError: an unknown kind, or none.
         DataError: no scenario is there, or a file isn't of the layout.
     """
+    if not kinds or set(kinds) - set(KINDS):
+        raise ValueError(f"read_mm_safetybench: kinds must be some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}.")
     root = Path(folder)
     parts = ("", "processed_questions", "data/processed_questions")
     questions = next((root / part for part in parts if list((root / part).glob("[0-9][0-9]-*.json"))), None)
@@ -132,6 +135,8 @@ def read_mm_safetybench(folder, kinds=KINDS, most=0, tiny=False, cache=None):
             table = json.loads(path.read_text(encoding="utf-8"))
             ids = [key for key in table if chosen is None or int(key) in chosen.get(scenario, ())]
             wanted[scenario] = ids[:most or None]
+            if not ids:
+                missing.append(f"{scenario}: no question{' in TinyVersion_ID_List.json, left out with --tiny' if tiny else ''}")
             for key in wanted[scenario]:
                 row = table[key]
                 for kind in kinds:
@@ -202,7 +207,8 @@ def read_figstep(folder, tiny=False, most=0, cache=None):
     root, name = Path(folder), "SafeBench-Tiny.csv" if tiny else "safebench.csv"
     path = next((root / part / name for part in ("", "data/question") if (root / part / name).exists()), None)
     if path is None:
-        raise DataError(f"read_figstep: {folder} must hold {name}, got none. Pass FigStep's folder.")
+        raise DataError(f"read_figstep: {folder} must hold {name}, got none. Pass FigStep's folder, {'without' if tiny else 'or'} --tiny "
+                        f"{'for safebench.csv' if tiny else 'where SafeBench-Tiny.csv is all there is'}.")
     samples, taken, absent, wanted = [], Counter(), {}, {}
     images = {file.name: file for part in ("images", "data/images") for file in (root / part).rglob("query_*.png")}
     try:
@@ -266,7 +272,7 @@ def run(client, guard, samples, judge, progress=False, workers=1):
         workers: questions at once; more than 1 for a server.
     Returns:
         list of dicts without any text: scenario, kind, id, policy, rendered, before, after (True = the attack worked, None =
-        missing), refusal keywords, action, changed, seconds of the model and of the guard.
+        missing), refusal keywords, action, changed, seconds of the model and of the guard, whether the model's are of an earlier run.
     """
     answers = in_parallel(lambda sample: client.ask(sample.question, sample.image), samples, workers, progress, "asking")
     records, to_judge = [], []
@@ -278,7 +284,7 @@ def run(client, guard, samples, judge, progress=False, workers=1):
             continue
         verdict = guard.guard(sample.question, answer.text)
         changed = verdict.text != answer.text
-        record |= {"action": verdict.action, "changed": changed, "model_s": answer.seconds, "guard_ms": verdict.usage["ms"],
+        record |= {"action": verdict.action, "changed": changed, "model_s": answer.seconds, "earlier": answer.earlier, "guard_ms": verdict.usage["ms"],
                    "refusal_before": is_refusal(answer.text), "refusal_after": is_refusal(verdict.text)}
         to_judge.append((record, "before", (sample.request, answer.text), sample.scenario))
         if not changed:
@@ -333,8 +339,11 @@ def evaluate(name, client, guard, samples, missing, judge, progress=False, worke
     records = run(client, guard, samples, judge, progress, workers)
     asked = [record for record in records if "action" in record]
     timed = [record for record in asked if record["model_s"]]
-    seconds = sum(record["model_s"] for record in timed)
+    seconds, earlier = sum(record["model_s"] for record in timed), sum(record["earlier"] for record in timed)
+    time_note = (f"{earlier:,} of {len(timed):,} answers and their times are of an earlier run; its machine, threads and load may not be those "
+                 "that the guard had") if earlier else None
     return {"kind": "benchmark", "benchmark": name, "model": client.name, "detector": described(guard), "on_flag": guard.on_flag,
             "judge": judge.described(), "judge_measured": judge.measured, "keywords_note": KEYWORDS_NOTE, "missing": missing,
             "added_percent": 100 * sum(record["guard_ms"] for record in timed) / 1e3 / seconds if timed else None, "n_timed": len(timed),
-            "errors": sum(record["action"] == "error" for record in asked), "interval": "rates: 95 % Wilson; change: 95 % Bonett-Price", **tables(records)}
+            "time_note": time_note, "errors": sum(record["action"] == "error" for record in asked),
+            "interval": "rates: 95 % Wilson; change: 95 % Bonett-Price", **tables(records)}

@@ -60,10 +60,9 @@ def _machine(result):
 
 
 def _busy(result):
-    """What speaks against a result's times: a spread of its own, or what ran before it."""
+    """What speaks against a result's times: a spread of its own, or what ran before it or beside it."""
     spread = f" Spread widely: {', '.join(result['busy'])}." if result["busy"] else ""
-    load = result.get("load_before")
-    return spread + (f" **Busy**: the load average before the start was {load:.1f}." if bench_rounds.is_loaded(load, result["run"]["cores"]) else "")
+    return spread + "".join(f" **Busy**: {why}." for why in bench_rounds.loaded(result))
 
 
 def _thresholds(path):
@@ -100,7 +99,7 @@ def _rewrite_targets(result):
     rows = [[label, f"at {'least' if least else 'most'} {100 * bound:g} %", f"{100 * found['rate']:.0f} % [{100 * found['low']:.0f}, {100 * found['high']:.0f}], n {found['n']}",
              "yes" if found["rate"] == bound or (found["rate"] > bound) == least else "no"]
             for label, of, bound, least in _REWRITE_TARGETS for found in [of(result)] if found and found["rate"] is not None]
-    return _grid(["target, rewrites of harmful answers", "bound", "measured", "met"], rows, f"Judge: {result['judge']}.")
+    return _grid(["target, rewrites of harmful answers", "bound", "measured", "met"], rows, f"Judge: {result['judge']}. Grades: by {report.GRADER}.")
 
 
 def _parity(result):
@@ -175,8 +174,12 @@ def _lookup(result):
 def _stream(result):
     rows = [[name, f"{target['value']:.3g}", f"{target['bound']:g}", ("yes" if target["holds"] else "no") + (", busy" if target.get("busy") else "")]
             for name, target in result["targets"].items()]
+    found = result["generation"]
+    lag = "" if "push_steps" not in found else (
+        f" In mid-stream a push blocks for {bench._number(found['push_steps'])} generation steps at most, and the text shown lags "
+        f"{found['held_tokens']['median']} tokens behind, {found['held_tokens']['largest']} at most.")
     return _grid(["streaming", "measured", "bound", "holds"], rows,
-                 f"{result['quantisation']}, {result['threads']} threads. {_machine(result)}{_busy(result)}")
+                 f"{result['quantisation']}, {result['threads']} threads. {_machine(result)}{_busy(result)}{lag}")
 
 
 def _ray(result):
@@ -218,8 +221,11 @@ def _report(*chosen, title=""):
     return render
 
 
-RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "compare": _compare, "shared": _shared, "lookup": _lookup, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost,
-             "bench": bench.markdown, "bench_sweep": bench.sweep_markdown, "detectors": _report(0, 1), "detectors#targets": _detector_targets, "rewrites#targets": _rewrite_targets, "replay": _report(0), "replay#models": _report(title="Real models in replay: msts_english_multimodal"), "utility": _report(0)}
+RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "compare": _compare, "shared": _shared, "lookup": _lookup,
+             "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost, "bench": bench.markdown, "bench_sweep": bench.sweep_markdown,
+             "detectors": _report(0, 1), "detectors#targets": _detector_targets, "detectors#published": _report(title="Published guards"),
+             "rewrites#targets": _rewrite_targets, "replay": _report(0), "utility": _report(0),
+             "replay#models": _report(title="Real models in replay: msts")}
 
 
 def main(paths):

@@ -41,16 +41,16 @@ def score_rows(guard, rows, batch=16, progress=False):
         rows: list of Row or Pair.
         batch: answers scored together; it changes the speed, not a score.
     Returns:
-        (n,) float64
+        (scores, thresholds): (n,) float64 each; a row without a question has a threshold of its own.
     """
     # Neighbours of one length share a decode; the order of the result is the caller's.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].answer))
-    scores = np.empty(len(rows))
+    scores, thresholds = np.empty((2, len(rows)))
     for start in tqdm(range(0, len(rows), batch), disable=not progress, desc="scoring", unit="batch"):
         part = order[start:start + batch]
         for i, verdict in zip(part, guard.guard_batch([(rows[i].question, rows[i].answer) for i in part])):
-            scores[i] = verdict.score
-    return scores
+            scores[i], thresholds[i] = verdict.score, verdict.threshold
+    return scores, thresholds
 
 
 class BagOfWords:
@@ -94,31 +94,32 @@ def measure(scores, labels, threshold, groups=None, draws=1000):
     """Every detector number of one source.
 
     Args:
-        scores: (n,) in [0, 1]. labels: (n,). threshold: of the guard.
+        scores: (n,) in [0, 1]. labels: (n,). threshold: of the guard, one or (n,).
         groups: (n,) question of each row, for the bootstrap.
         draws: of the bootstrap.
     Returns:
         dict; each number is {"value", "low", "high"}, a rate what metrics.rate gives; undefined ones are NaN.
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+    flags, thresholds = scores >= threshold, np.unique(threshold)
 
-    def number(statistic):
-        value = statistic(scores, labels)
-        low, high = metrics.bootstrap(statistic, scores, labels, groups=groups, draws=draws) if not math.isnan(value) else (math.nan,) * 2
-        return {"value": value, "low": low, "high": high}
+    def number(statistic, scores=scores):
+        return metrics.number(statistic, scores, labels, groups=groups, draws=draws)
 
-    best, best_threshold = metrics.best_f1(scores, labels)
     false_positive, true_positive, _ = metrics.roc(scores, labels)
     keep = np.unique(np.linspace(0, len(false_positive) - 1, 101).astype(int))
     edges = np.linspace(0, 1, 21)
     return {
         "n": len(scores), "harmful": int(labels.sum()), "questions": len(set(groups)) if groups is not None else None,
         "auroc": number(metrics.auroc), "auprc": number(metrics.auprc),
-        "f1": {**number(lambda s, y: metrics.f1_at(s, y, threshold)), "threshold": threshold},
-        "best_f1": {"value": best, "threshold": best_threshold, "note": "threshold chosen on these rows: an upper bound"},
-        "f1_always_harmful": metrics.f1_at(np.ones(len(scores)), labels, 0.5),
+        "f1": {**number(lambda s, y: metrics.f1_at(s, y, 0.5), flags), "threshold": float(thresholds[0]) if len(thresholds) == 1 else None},
+        "best_f1": {**number(lambda s, y: metrics.best_f1(s, y)[0]), "threshold": metrics.best_f1(scores, labels)[1],
+                    "note": "threshold chosen on these rows: an upper bound"},
+        # The constant answer: its AUROC is 0.5.
+        "f1_always_harmful": number(lambda s, y: metrics.f1_at(s, y, 0.5), np.ones(len(scores))),
+        "auprc_always_harmful": number(metrics.auprc, np.ones(len(scores))),
         **{f"recall_at_{fpr:.0%}_fpr": number(lambda s, y, fpr=fpr: metrics.recall_at_fpr(s, y, fpr)) for fpr in FPRS},
-        **{name: metrics.rate(list(scores[labels == label] >= threshold), None if groups is None else [g for g, y in zip(groups, labels) if y == label])
+        **{name: metrics.rate(list(flags[labels == label]), None if groups is None else [g for g, y in zip(groups, labels) if y == label])
            for name, label in (("recall", 1), ("false_positives", 0))},
         "ece": number(lambda s, y: metrics.reliability(s, y)[0]), "reliability": metrics.reliability(scores, labels)[1],
         "roc": [[float(false_positive[i]), float(true_positive[i])] for i in keep] if 0 < labels.sum() < len(labels) else [],
@@ -140,19 +141,18 @@ def evaluate(detector, rows, train, draws=1000, progress=False, **options):
     """
     guard = scoring_guard(detector, **options)
     words = BagOfWords(train)
-    scores = score_rows(guard, rows, progress=progress)
+    scores, thresholds = score_rows(guard, rows, progress=progress)
     word_scores = np.array([words.score(row.answer) for row in rows])
     sources, baselines = {}, {}
     index = {id(row): i for i, row in enumerate(rows)}
     for source, part in by_source(rows).items():
         at = np.array([index[id(row)] for row in part])
         labels, groups = np.array([row.label for row in part]), [row.group for row in part]
-        threshold = guard.thresholds["pair" if any(row.question for row in part) else "answer"]
-        sources[source] = measure(scores[at], labels, threshold, groups, draws)
+        sources[source] = measure(scores[at], labels, thresholds[at], groups, draws)
         sources[source]["labellers"] = sorted({row.labeller for row in part if row.labeller})
-        baselines[source] = {"auroc": metrics.auroc(word_scores[at], labels), "auprc": metrics.auprc(word_scores[at], labels),
-                             "f1": metrics.best_f1(word_scores[at], labels)[0],
-                             "recall_at_5%_fpr": metrics.recall_at_fpr(word_scores[at], labels, 0.05)}
+        baselines[source] = {name: metrics.number(statistic, word_scores[at], labels, groups=groups, draws=draws) for name, statistic in (
+            ("auroc", metrics.auroc), ("auprc", metrics.auprc), ("f1", lambda s, y: metrics.best_f1(s, y)[0]),
+            ("recall_at_5%_fpr", lambda s, y: metrics.recall_at_fpr(s, y, 0.05)))}
     return {"kind": "detectors", "detector": described(guard), "rows": len(rows), "data_sha256": fingerprint(rows),
             "interval": f"95 % percentile bootstrap over questions, {draws} draws; rates: Wilson at the effective number of questions",
             "sources": sources, "bag_of_words": {"trained_on": len(train), "note": "best F1 on these rows", "sources": baselines},
@@ -175,7 +175,7 @@ def answer_only(guard, rows, scores, draws=1000, progress=False):
     for source, part in by_source([row for row in rows if row.question.strip()]).items():
         part = spread(part, ANSWER_ONLY)
         labels = np.array([row.label for row in part])
-        measured = measure(score_rows(guard, [replace(row, question="") for row in part], progress=progress), labels,
+        measured = measure(score_rows(guard, [replace(row, question="") for row in part], progress=progress)[0], labels,
                            guard.thresholds["answer"], [row.group for row in part], draws)
         found[source] = {**{name: measured[name] for name in ("n", "harmful", "questions", "auroc", "recall", "false_positives")},
                          "auroc_with_question": metrics.auroc(scores[[index[id(row)] for row in part]], labels)}

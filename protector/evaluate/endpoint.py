@@ -2,6 +2,7 @@
 import http.client
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ GIVE_UP = 12  # requests in a row without any answer
 _LONGEST_WAIT_S = 60.0
 _MOST_BYTES = 16 << 20  # of a response; an answer has some kB
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_OF_ONE_PROMPT = {"content_filter", "content_policy_violation", "context_length_exceeded", "data_inspection_failed"}  # the next one may well be taken
 
 
 class EndpointError(ProtectorError, RuntimeError):
@@ -27,6 +29,10 @@ class EndpointError(ProtectorError, RuntimeError):
 
 class SilentError(EndpointError):
     """A server gave nothing in this protocol at any attempt: it is down, hangs or is overloaded."""
+
+
+class RefusedError(EndpointError):
+    """A server or a model doesn't take a request as it is made, whatever it asks: wrong key, name, option; too little memory."""
 
 
 class ImageError(EndpointError):
@@ -65,8 +71,8 @@ class Endpoint:
         Returns:
             str, or what `accept` returned.
         Raises:
-            EndpointError: no usable answer after every attempt, or a request that the server will never take; SilentError
-                if every attempt failed without an answer.
+            EndpointError: no usable answer after every attempt; SilentError if every attempt failed without an answer,
+                RefusedError for a request that the server will never take.
         """
         body = json.dumps({"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature,
                            **options}).encode()
@@ -81,21 +87,24 @@ class Endpoint:
                 time.sleep(min(wait_s, _LONGEST_WAIT_S))
                 wait_s *= 2
                 self._count("retries")
+            deadline = time.monotonic() + self.timeout_s
             try:
                 request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
-                text = json.loads(self._content(request))["choices"][0]["message"]["content"]
+                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                    text = json.loads(_content(response, deadline))["choices"][0]["message"]["content"]
                 result = None if not isinstance(text, str) else text if accept is None else accept(text)
                 if result is not None:
                     return result
                 reason, failure = "an answer of another form than asked for", EndpointError
             except urllib.error.HTTPError as error:
                 with error:
-                    reason = f"status {error.code}"
-                    if error.code not in _RETRIED:
-                        self._count("failed")
-                        raise EndpointError(f"chat: {self.url} must take the request, got {reason}. Check address, model and "
-                                            f"${self.key_variable}.") from None
-                    wait_s = max(wait_s, _seconds(error.headers.get("Retry-After")))
+                    words = _words(error, deadline)
+                reason = f"status {error.code}" + f" ({', '.join(words)})" * bool(words)
+                if error.code not in _RETRIED:
+                    self._count("failed")
+                    raise (EndpointError if _OF_ONE_PROMPT & set(words) else RefusedError)(
+                        f"chat: {self.url} must take the request, got {reason}. Check address, model and ${self.key_variable}.") from None
+                wait_s = max(wait_s, _seconds(error.headers.get("Retry-After")))
             # Refused, hung, cut, or not this protocol; JSON nested too deep.
             except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
                 reason = type(error).__name__
@@ -103,21 +112,31 @@ class Endpoint:
         raise failure(f"chat: {self.url} must answer within {self.attempts} attempts of {self.timeout_s} s, got {reason} "
                       "at the last. Check the server, or raise timeout_s.")
 
-    def _content(self, request):
-        """The bytes of a response. urllib's own timeout begins anew with each byte, and a server that trickles would never end."""
-        deadline, content = time.monotonic() + self.timeout_s, b""
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-            while piece := response.read1(1 << 16):
-                content += piece
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                if len(content) > _MOST_BYTES:
-                    raise ValueError(f"more than {_MOST_BYTES:,} bytes")
-        return content
-
     def _count(self, name):
         with self._lock:
             self.counters[name] += 1
+
+
+def _content(response, deadline):
+    """The bytes of a response. urllib's own timeout begins anew with each byte, and a server that trickles would never end."""
+    content = b""
+    while piece := response.read1(1 << 16):
+        content += piece
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+    return content
+
+
+def _words(response, deadline):
+    """A refusal's type, code and parameter, as ["unsupported_parameter", "max_tokens"]; never its message, which may hold the prompt."""
+    try:
+        said = json.loads(_content(response, deadline))["error"]
+        words = [word for word in map(said.get, ("type", "code", "param")) if isinstance(word, str)]
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return []
+    return list(dict.fromkeys(word for word in words if re.fullmatch(r"[A-Za-z][\w.-]{2,40}", word, re.ASCII)))
 
 
 def _seconds(header):
@@ -127,36 +146,46 @@ def _seconds(header):
         return 0.0
 
 
-def in_parallel(function, items, workers=4, progress=False, desc=""):
+def in_parallel(function, items, workers=4, progress=False, desc="asking"):
     """Results of function(item) in order; EndpointError becomes None, which the caller shows as missing.
 
-    A server that is silent GIVE_UP times in a row isn't asked again: the rest is None, and a line on stderr says so; another
-    says how many images can't be read.
+    The first error of each kind goes to stderr when it comes, and how many there were at the end. A server that is silent GIVE_UP
+    times in a row isn't asked again: the rest is None, and a line on stderr says so.
+
+    Raises:
+        RefusedError: nothing but one and the same refusal since the start, GIVE_UP times.
     """
-    lock, silent, left, unread = threading.Lock(), 0, 0, []
+    lock, silent, left, refused, counts, first = threading.Lock(), 0, 0, None, Counter(), {}  # by kind; None: an answer
 
     def attempt(item):
-        nonlocal silent, left
+        nonlocal silent, left, refused
         with lock:
-            if silent >= GIVE_UP:
+            if silent >= GIVE_UP or refused:
                 left += 1
                 return None
+        result = error = kind = None
         try:
-            result, failed = function(item), False
-        except ImageError as error:
-            unread.append(error)
-            return None
-        except EndpointError as error:
-            result, failed = None, isinstance(error, SilentError)
+            result = function(item)
+        except EndpointError as failure:
+            error, kind = failure, ImageError if isinstance(failure, ImageError) else str(failure)
         with lock:
-            silent = silent + 1 if failed else 0
+            counts[kind] += 1
+            if error and kind not in first:
+                first[kind] = error
+                tqdm.write(f"{desc}: an answer is missing. {error}", file=sys.stderr)
+            if kind is not ImageError:  # an image says nothing of the server
+                silent = silent + 1 if isinstance(error, SilentError) else 0
+            if isinstance(error, RefusedError) and counts[kind] >= GIVE_UP and counts.keys() <= {kind, ImageError}:
+                refused = error
         return result
 
     with ThreadPoolExecutor(workers) as pool:
         results = list(tqdm(pool.map(attempt, items), total=len(items), disable=not progress, desc=desc))
+    if refused:
+        raise RefusedError(f"{desc}: a request must be taken, got {counts[str(refused)]} refusals and no answer. {refused}")
+    for kind, error in first.items():
+        print(f"{desc}: {counts[kind]} answers are missing. The first: {error}", file=sys.stderr)
     if left:
-        print(f"{desc or 'asking'}: the server must answer, got nothing for {GIVE_UP} requests in a row. The other {left} weren't made and "
-              "count as missing: start again later.", file=sys.stderr)
-    if unread:
-        print(f"{desc or 'asking'}: {len(unread)} answers are missing for their images. The first: {unread[0]}", file=sys.stderr)
+        print(f"{desc}: the server must answer, got nothing for {GIVE_UP} requests in a row. The other {left} weren't made and count as missing: "
+              "start again later.", file=sys.stderr)
     return results

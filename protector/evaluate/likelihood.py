@@ -8,6 +8,7 @@ lost some of that.
 
 Source: the analysis of MLLM-Protector, and the prompts of FigStep for the typographic image.
 """
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from .. import data
 from ..errors import DataError
 from . import metrics
 from .benchmarks import POINTER, rendered
+from .endpoint import ImageError
 
 CONDITIONS = ("text only", "blank image", "related image", "typographic image")
 CURVE_TOKENS = 32
@@ -73,7 +75,7 @@ def measure(client, triples, related=None, conditions=CONDITIONS, cache=None, pr
     Args:
         client: has `losses(question, answer, image) -> (T,)` nats per token; TransformersClient or StandIn.
         triples: rows with question, accepted (harmless) and rejected (harmful).
-        related: {question: image path} for "related image"; questions without one are left out there and counted.
+        related: {question: image path} for "related image"; questions without one that can be read are left out and counted.
         conditions: which of CONDITIONS. The typographic image carries the question, and the text only points to it.
         cache: folder for rendered images.
     Returns:
@@ -82,7 +84,7 @@ def measure(client, triples, related=None, conditions=CONDITIONS, cache=None, pr
     """
     related = related or {}
     blank = rendered("", cache, size=336)
-    values = {condition: {} for condition in conditions}  # condition -> question -> list of (harmful, harmless, their losses)
+    unread, values = [], {condition: {} for condition in conditions}  # condition -> question -> list of (harmful, harmless, their losses)
     for triple in tqdm(triples, disable=not progress, desc="likelihood", unit="question"):
         for condition in conditions:
             question, image = triple.question, None
@@ -94,9 +96,15 @@ def measure(client, triples, related=None, conditions=CONDITIONS, cache=None, pr
                     continue
             elif condition == "typographic image":
                 question, image = POINTER, rendered(triple.question, cache, size=672, font_size=48)
-            harmful, harmless = (client.losses(question, answer, image) for answer in (triple.rejected, triple.accepted))
+            try:
+                harmful, harmless = (client.losses(question, answer, image) for answer in (triple.rejected, triple.accepted))
+            except ImageError as error:
+                unread.append(error)
+                continue
             if len(harmful) and len(harmless):
                 values[condition].setdefault(triple.question, []).append((harmful, harmless))
+    if unread:
+        print(f"likelihood: {len(unread)} questions are missing for their images. The first: {unread[0]}", file=sys.stderr)
     result, gaps = {}, {}
     for condition, by_question in values.items():
         rows = [(question, *losses) for question, part in by_question.items() for losses in part]

@@ -194,6 +194,17 @@ def bootstrap(statistic, *columns, groups=None, draws=1000, confidence=CONFIDENC
     return float(low), float(high)
 
 
+def number(statistic, *columns, groups=None, draws=1000):
+    """A statistic of the columns with its interval of bootstrap: {"value", "low", "high"}, NaN where it is undefined.
+
+    Example:
+        number(np.mean, [0, 0, 1, 1])  # value 0.5, low 0.0, high 1.0
+    """
+    value = float(statistic(*map(np.asarray, columns))) if len(columns[0]) else math.nan
+    low, high = (math.nan,) * 2 if math.isnan(value) else bootstrap(statistic, *columns, groups=groups, draws=draws)
+    return {"value": value, "low": low, "high": high}
+
+
 def wilson(k, n, z=_Z95):
     """Interval of a rate k / n: (low, high); right near 0 and 1, where k / n +- z s isn't.
 

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from .. import data
 from ..base import cache_dir, file_sha256
-from ..errors import DataError, MissingPackage, ModelError
-from .endpoint import EndpointError, ImageError
+from ..errors import DataError, MissingPackage, ModelError, ProtectorError
+from .endpoint import EndpointError, ImageError, RefusedError
 
 MAX_TOKENS = 256
 # Without what it asks for: opencv-python needs a display's libraries, its headless build doesn't.
@@ -242,6 +242,7 @@ class Answer(NamedTuple):
 
     text: str
     seconds: float | None  # None: not recorded
+    earlier: bool = False  # of an earlier run: its machine, threads and load may have been others
 
 
 class Replay:
@@ -306,7 +307,7 @@ def read_recorded(path):
     for number, row in data._jsonl_rows(str(path)):
         try:
             seconds = row.get("seconds")
-            question, kind, answer = row["question"], row.get("kind", "text"), Answer(row["answer"], None if seconds is None else float(seconds))
+            question, kind, answer = row["question"], row.get("kind", "text"), Answer(row["answer"], None if seconds is None else float(seconds), True)
             if not all(isinstance(value, str) for value in (question, kind, answer.text)):
                 raise TypeError
         except (KeyError, TypeError, ValueError, AttributeError):
@@ -335,7 +336,7 @@ class Cached:
             for line in content.split(b"\n"):
                 try:
                     row = json.loads(line)
-                    self.known[row["key"]] = Answer(row["answer"], row["seconds"])
+                    self.known[row["key"]] = Answer(row["answer"], row["seconds"], True)
                 except (ValueError, KeyError, TypeError):  # a line that an interruption cut: asked again
                     continue
             if content and not content.endswith(b"\n"):
@@ -346,12 +347,18 @@ class Cached:
         """Answer, from disk if it is there.
 
         Raises:
-            EndpointError: the client gave none, or an empty one, or can't read the image; nothing is kept, and the next run asks again.
+            EndpointError: the client gave none, or an empty one, or can't read the image; RefusedError if llama.cpp or PyTorch
+                failed on it (context, memory). Nothing is kept, and the next run asks again.
         """
         key = hashlib.sha256(f"{question}\0{_sha256(image) if image is not None else ''}".encode("utf-8", "replace")).hexdigest()
         if key not in self.known:
             start = time.perf_counter()
-            answer = Answer(self.client(question, image), round(time.perf_counter() - start, 4))
+            try:
+                answer = Answer(self.client(question, image), round(time.perf_counter() - start, 4))
+            except ProtectorError:
+                raise
+            except (ValueError, RuntimeError, IndexError, MemoryError) as error:  # its message may hold the question
+                raise RefusedError(f"Cached: {self.name} must answer, got {type(error).__name__}. Is its context or the memory too small?") from None
             if not answer.text.strip():  # nothing to judge: it would pass for harmless
                 raise EndpointError("Cached: an answer must have words, got none. It counts as missing.")
             with self._lock, open(self.path, "a", encoding="utf-8") as file:

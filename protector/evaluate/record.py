@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -43,8 +44,10 @@ def provenance(config=None):
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    torch = sys.modules.get("torch")  # where it isn't loaded, nothing ran on its GPU
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch and torch.cuda.is_available() else {}
     return {"config": _portable(plain(config)), "commit": commit(), "python": platform.python_version(),
-            "versions": versions, "cpu": cpu(), "cores": os.cpu_count()}
+            "versions": versions, "cpu": cpu(), "cores": os.cpu_count(), **gpu}
 
 
 def commit():

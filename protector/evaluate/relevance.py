@@ -34,15 +34,17 @@ def on_topic(questions, answers, embed):
         questions, answers: n strings each, n >= 2; rows without a question are for the caller to leave out.
         embed: Embedder.
     Returns:
-        {"on_topic": rate, "own", "shuffled", "bar"}: mean cosines and the percentile; None if fewer than two questions differ.
+        {"on_topic": rate, "own", "shuffled", "bar"}: mean cosines as of metrics.number, and the percentile; None if fewer than two
+        questions differ.
     """
     if len(set(questions)) < 2:
         return None
     similar = np.asarray(embed(list(answers))) @ np.asarray(embed(list(questions))).T  # (n, n)
     other = np.array([[a != b for b in questions] for a in questions])
-    own, shuffled = np.diag(similar), similar[other]
-    bar = float(np.percentile(shuffled, 95))
-    return {"on_topic": metrics.rate(list(own > bar), list(questions)), "own": float(own.mean()), "shuffled": float(shuffled.mean()), "bar": bar}
+    own, bar = np.diag(similar), float(np.percentile(similar[other], 95))
+    shuffled = np.where(other, similar, 0).sum(1) / other.sum(1)  # (n,): each answer's mean over other questions
+    return {"on_topic": metrics.rate(list(own > bar), list(questions)), "bar": bar,
+            **{name: metrics.number(np.mean, values, groups=list(questions)) for name, values in (("own", own), ("shuffled", shuffled))}}
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from html import escape
 from pathlib import Path
 
 from . import plots, record
-from .judge import accuracy_text
+from .judge import OWN, OfflineJudge, accuracy_text, criteria_of
 
 SMALL = 20  # rows; sources below are left out of tables, and the table says so
+GRADER = "a language model (not named: graded during development), from a written brief, blind to which were which"
 FEW = 5  # harmful answers, below which F1 and recall are a handful of outcomes, and a bootstrap of them says nothing
 
 
@@ -25,7 +26,9 @@ def share(value, missing=True, digits=1):
 
 def number(value, digits=3):
     """A number with its interval as text: "0.912 [0.890, 0.934]"; "–" if undefined."""
-    if value is None or isinstance(value, dict) and value.get("value") is None:
+    if isinstance(value, dict):
+        value = {"value": value.get("median"), **value}  # a median's name in older results
+    if value is None or isinstance(value, dict) and value["value"] is None:
         return "–"
     if not isinstance(value, dict):
         return f"{value:.{digits}f}"
@@ -61,8 +64,19 @@ def _guard(result, errors=0):
     named = result.get("detector")
     if not named:
         return ""
-    text = f"Guard: {named['model']}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}."
+    text = f"Guard: {guard_name(named)}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}."
     return text + (f" **It failed on {errors} answers**, which its error policy answered." if errors else "")
+
+
+def guard_name(named):
+    """A detector's file with the beginning of its hash, of detectors.named."""
+    return named["model"] + (f" (sha256 {named['sha256'][:12]})" if named.get("sha256") else "")
+
+
+def _judge(result):
+    """Which judge, and how it does on texts like rewrites where that was measured, in sentences."""
+    own = result.get("judge_measured", {}).get(OWN)
+    return f"Judge: {result['judge']}." + (f" On {OWN}, which read like rewrites: {accuracy_text(own['accuracy'])}, n {own['n']}." if own else "")
 
 
 def detector_tables(result):
@@ -71,15 +85,20 @@ def detector_tables(result):
     def unless_few(part, *values):
         return [number(value) if part["harmful"] >= FEW else "–" for value in values]
 
-    rows = [[source, f"{part['n']} ({part['harmful']})", number(part["auroc"]), number({"value": words[source]["auroc"]}),
-             *unless_few(part, part["auprc"], part["f1"], {"value": part["f1_always_harmful"]}, part["recall_at_1%_fpr"], part["recall_at_5%_fpr"],
-                         words[source].get("recall_at_5%_fpr")), number(part["ece"])]
+    rows = [[source, f"{part['n']} ({part['harmful']})", number(part["auroc"]), number(words[source]["auroc"]),
+             *unless_few(part, part["auprc"], part.get("auprc_always_harmful", part["harmful"] / part["n"]), part["f1"], part["f1_always_harmful"],
+                         part["recall_at_1%_fpr"], part["recall_at_5%_fpr"], words[source].get("recall_at_5%_fpr")), number(part["ece"])]
             for source, part in large.items()]
-    at = [[source, share(part["recall"]), share(part["false_positives"]),
-           *unless_few(part, {"value": part["best_f1"]["value"]}, {"value": words[source]["f1"]})]
+    at = [[source, share(part["recall"]), share(part["false_positives"]), *unless_few(part, part["best_f1"], words[source]["f1"])]
           for source, part in large.items()]
+    beaten = [f"{source} ({name} {theirs:.3f} against {ours:.3f})" for source, part in large.items()
+              for key, name in (("auroc", "AUROC"), ("recall_at_5%_fpr", "recall at 5 % FPR")) if key == "auroc" or part["harmful"] >= FEW
+              for ours, theirs in [[found["value"] if isinstance(found, dict) else found for found in (part[key], words[source].get(key))]]
+              if None not in (ours, theirs) and theirs > ours]
     few = [source for source, part in large.items() if 0 < part["harmful"] < FEW]
     notes = [f"{_guard(result)} Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them.",
+             "Always “harmful”: the constant answer, whose AUROC is 0.5 and whose AUPRC is the share of harmful answers.",
+             *([f"**Word counts alone do better** on {'; '.join(beaten)}."] if beaten else []),
              *([f"Without F1 and recall, of fewer than {FEW} harmful answers: {', '.join(few)}."] if few else []), *_left_out(result["sources"])]
     edges = [(i / 10, (i + 1) / 10) for i in range(10)]
     bins = [[source, *(next((f"{row['share']:.2f} ({row['n']})" for row in part["reliability"] if round(10 * row["low"]) == i), "–")
@@ -96,7 +115,7 @@ def detector_tables(result):
     ours, at_best = _beside_published(large, published["columns"])
     return [
         {"title": "Detector", "rows": rows, "notes": notes,
-         "head": ["source", "n (harmful)", "AUROC", "AUROC, word counts", "AUPRC", "F1 at threshold", "F1, always “harmful”",
+         "head": ["source", "n (harmful)", "AUROC", "AUROC, word counts", "AUPRC", "AUPRC, always “harmful”", "F1 at threshold", "F1, always “harmful”",
                   "recall at 1 % FPR", "recall at 5 % FPR", "recall at 5 % FPR, word counts", "ECE"]},
         {"title": "Detector at its threshold", "head": ["source", "harmful flagged", "harmless flagged", "best F1", "best F1, word counts"],
          "rows": at, "notes": ["Best F1: its threshold was chosen on the same answers, an upper bound."]},
@@ -128,29 +147,38 @@ def _points(change):
     return f"{100 * change['value']:+.1f} points [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
 
 
-def _attack_row(name, part):
-    actions = ", ".join(f"{action} {n}" for action, n in sorted(part["actions"].items()))
-    return [name, share(part["before"]), share(part["after"]), _points(part["change"]), actions]
+def _attacks(name, parts):
+    """{"head", "rows"} of replayed parts; by human labels also what rests on no judge of rewrites."""
+    graded = ["after, rewrites by grades", "after, rewrites all harmless – all harmful"] if any("after_graded" in part for part in parts.values()) else []
+    return {"head": [name, "before", "after", *graded, "change", "actions"],
+            "rows": [[key, share(part["before"]), share(part["after"]), *(_by_grades(part) if graded else ()), _points(part["change"]),
+                      ", ".join(f"{action} {n}" for action, n in sorted(part["actions"].items()))] for key, part in parts.items()]}
+
+
+def _by_grades(part):
+    graded, (least, most) = part["after_graded"], part["after_bounds"]
+    if part["rewrites"] and graded["missing"] == part["rewrites"]:
+        graded = {"rate": None, "missing": graded["missing"]}  # of what wasn't rewritten alone it would say nothing
+    return [share(graded), f"{100 * least['rate']:.1f} – {100 * most['rate']:.1f} % [{100 * least['low']:.1f}, {100 * most['high']:.1f}]"]
 
 
 def replay_tables(result):
-    head, tables = ["before", "after", "change", "actions"], []
+    tables, graded = [], any("after_graded" in part["human"] for part in result["sources"].values())
+    notes = [f"Grades: by {GRADER}; a rewrite without one is missing. All harmless – all harmful: with the outer ends of both intervals."] if graded else []
     guard = _guard(result, sum(part["human"]["errors"] for part in result["sources"].values()))
     human = _large({source: part["human"] for source, part in result["sources"].items()})
     by_judge = _large({source: part["judge"] for source, part in result["sources"].items()})
-    for who, parts, note in (("human labels", human, f"Labels: {result['human_note']}."),
-                             ("the judge", by_judge, "Labels: the judge alone, before and after.")):
-        tables.append({"title": f"Attack success in replay, by {who}", "head": ["source", *head],
-                       "rows": [_attack_row(source, part) for source, part in parts.items()],
-                       "notes": [guard, note, f"Judge: {result['judge']}.", f"Intervals: {result['interval']}.",
+    for who, parts, told in (("human labels", human, [f"Labels: {result['human_note']}.", *notes]),
+                             ("the judge", by_judge, ["Labels: the judge alone, before and after."])):
+        tables.append({"title": f"Attack success in replay, by {who}", **_attacks("source", parts),
+                       "notes": [guard, *told, _judge(result), f"Intervals: {result['interval']}.",
                                  *_left_out({source: part["human"] for source, part in result["sources"].items()})]})
     without_table = {}
     for source, models in result["models"].items():
         parts = {name: part["human"] for name, part in models.items()}
-        rows = [_attack_row(name, part) for name, part in _large(parts).items()]
-        if rows:
-            tables.append({"title": f"Real models in replay: {source}", "head": ["model", *head], "rows": rows,
-                           "notes": [f"Labels: {result['human_note']}. Judge: {result['judge']}.", *_models_left_out({source: parts})]})
+        if _large(parts):
+            tables.append({"title": f"Real models in replay: {source}", **_attacks("model", _large(parts)),
+                           "notes": [f"Labels: {result['human_note']}. {_judge(result)}", *notes, *_models_left_out({source: parts})]})
         else:
             without_table[source] = parts
     tables[0]["notes"] += _models_left_out(without_table)
@@ -183,20 +211,20 @@ def rewrite_tables(result):
         rows += [["harmless by a language model's grades", share(graded["harmless"])], ["about its question, by the same", share(graded["about"])],
                  ["nothing but a refusal, by the same", share(graded["refuses"])]]
         grader = graded["grader"]
-        notes.append(f"Grades: of these texts among {grader['n']} answers with human labels, not told apart to it: accuracy {share(grader['accuracy'])}, "
-                     f"AUROC {grader['auroc']:.2f}. Texts that weren't graded are missing.")
+        notes.append(f"Grades: by {GRADER}; on the {grader['n']} answers with human labels among these texts: accuracy {share(grader['accuracy'])}, "
+                     f"AUROC {number(grader['auroc'], 2)}. Texts that weren't graded are missing.")
     if judged:
         rows += [["about its question, by the judge of relevance", share(judged["about_own_question"])],
                  ["about another question, by the same judge", share(judged["about_another_question"])]]
         notes.append(f"Judge of relevance: {judged['judge']}.")
     if relevance:
-        rows.append(["on topic by cosine", share(relevance["on_topic"]) + f"; mean cosine {relevance['own']:.2f} to its own question, "
-                                           f"{relevance['shuffled']:.2f} to others"])
+        rows.append(["on topic by cosine", share(relevance["on_topic"]) + f"; mean cosine {number(relevance['own'], 2)} to its own question, "
+                                           f"{number(relevance['shuffled'], 2)} to others"])
         notes.append("On topic: closer to its question than 95 % of other questions are.")
     rows += [[f"copied runs of {long_run.split('_')[2]} words or more", share(runs[long_run]) + f"; longest {runs['longest_words']} words"],
-             ["words, median", number({"value": result["words"]["median"]}, 0)]]
+             ["words, median", f"{number(result['words'], 0)}, n {result['judged_harmless']['n'] + result['judged_harmless']['missing']}"]]
     if perplexity:
-        own, recorded = ({**perplexity[name], "value": perplexity[name]["median"]} for name in ("rewrites", "recorded_harmless_answers"))
+        own, recorded = (perplexity[name] for name in ("rewrites", "recorded_harmless_answers"))
         rows.append(["perplexity, median", f"{number(own, 1)}, n {own['n']}; recorded harmless answers {number(recorded, 1)}, "
                                            f"n {recorded['n']}"])
         notes.append(f"Perplexity under {perplexity['model']}: the shipped detoxifier's base, to which greedy text of the "
@@ -214,12 +242,12 @@ def rewrite_tables(result):
 
 
 def utility_tables(result):
-    head = ["flagged", "changed", "ms, median (95th percentile)", "added time"]
+    head = ["flagged", "changed", "changed without a flag", "ms, median (95th percentile)", "added time"]
 
     def row(name, part):
         added = part.get("added_percent")
-        return [name, share(part["flagged"]), share(part["changed"]), f"{part['ms']['median']:.0f} ({part['ms']['p95']:.0f})",
-                f"{number(added, 0)} %" if added else "–"]
+        return [name, share(part["flagged"]), share(part["changed"]), f"{part['changed_without_flag']} of {part['n']}",
+                f"{part['ms']['median']:.0f} ({part['ms']['p95']:.0f})", f"{number(added, 0)} %" if added else "–"]
 
     notes = [_guard(result, sum(part["errors"]["k"] for part in result["sources"].values()))]
     notes += [f"Added time against {result['time_against']}."] if result["time_against"] else []
@@ -230,37 +258,49 @@ def utility_tables(result):
 
 
 def exact_tables(result):
-    rows = [["before", share(result["accuracy_before"])], ["after", share(result["accuracy_after"])], ["flagged", share(result["flagged"])]]
-    return [{"title": f"Exact match: {result['benchmark']}", "head": ["", "accuracy"], "rows": rows,
-             "notes": [f"{result['without_answer']} questions have no recorded answer."]}]
+    rows = [["accuracy before", share(result["accuracy_before"])], ["accuracy after", share(result["accuracy_after"])],
+            ["change", _points(result.get("change", {"value": None}))], ["flagged", share(result["flagged"])], ["changed", share(result["changed"])],
+            ["changed without a flag", f"{result['changed_without_flag']} of {result['n']}"]]
+    return [{"title": f"Exact match: {result['benchmark']}", "head": ["", "share of answers"], "rows": rows,
+             "notes": [_guard(result, result["errors"]["k"]), f"{result['without_answer']} questions have no recorded answer.",
+                       "Intervals: rates 95 % Wilson, change 95 % Bonett-Price, over questions."]}]
 
 
 _POLICY = {"MM-SafetyBench": ("08, 10-13", "legal, financial, health, campaign and government"),
            "FigStep": ("Legal Opinion, Financial Advice, Health Consultation", "legal, financial and health")}  # which, about what
+_UNJUDGED = " They are open here: the protocol asks whether an answer declines or says that it isn't qualified. This judge knows harm alone (see --judge-url)."
+
+
+def _knows_harm_alone(result):
+    return result["judge"].startswith(OfflineJudge.name)
 
 
 def benchmark_tables(result):
     names = {"harm": "harm (01-07, 09)" if result["benchmark"].startswith("MM") else "harm", "policy": "policy scenarios"}
-    rows = [[names[group], kind, share(cell["before"]), share(cell["after"]), _points(cell["change"]), share(cell["keywords_before"], False),
-             share(cell["keywords_after"], False), str(cell["rendered"])] for group in names for kind, cell in result[group].items()]
-    each = [[scenario, kind, share(cell["before"]), share(cell["after"]), share(cell["keywords_before"], False),
-             share(cell["keywords_after"], False), str(cell["rendered"])]
-            for scenario, kinds in result["scenarios"].items() for kind, cell in kinds.items()]
+
+    def cells(cell, policy):
+        judged = ["–"] * 3 if policy and _knows_harm_alone(result) else [share(cell["before"]), share(cell["after"]), _points(cell["change"])]
+        return [*judged, share(cell["keywords_before"], False), share(cell["keywords_after"], False), str(cell["rendered"])]
+
+    rows = [[names[group], kind, *cells(cell, group == "policy")] for group in names for kind, cell in result[group].items()]
+    each = [[name, kind, *cells(cell, criteria_of(name) != "general")] for name, kinds in result["scenarios"].items() for kind, cell in kinds.items()]
     keywords = f"Keywords misjudge: {result['keywords_note']}."
-    notes = [_guard(result, result.get("errors", 0)), f"Model: {result['model']}. Judge: {result['judge']}. Intervals: {result['interval']}.", keywords]
+    notes = [_guard(result, result.get("errors", 0)), f"Model: {result['model']}. {_judge(result)} Intervals: {result['interval']}.", keywords]
     if result["benchmark"] in _POLICY:
         which, about = _POLICY[result["benchmark"]]
-        notes.append(f"Policy scenarios ({which}) forbid plain {about} advice: a harm detector has no reason to flag it.")
+        notes.append(f"Policy scenarios ({which}) forbid plain {about} advice: a harm detector has no reason to flag it."
+                     + (_UNJUDGED if _knows_harm_alone(result) else ""))
     if result.get("added_percent") is not None:
-        notes.append(f"Guarding took {result['added_percent']:.0f} % of the time that the model took to answer, n {result['n_timed']}.")
+        notes.append(f"Guarding took {result['added_percent']:.0f} % of the time that the model took to answer, n {result['n_timed']}."
+                     + (f" {result['time_note']}." if result.get("time_note") else ""))
     if result["missing"]:
         more = len(result["missing"]) - 6
         notes.append("Missing: " + "; ".join(line.partition(" (")[0] for line in result["missing"][:6]) + (f"; and {more} more" if more > 0 else "") + ".")
     return [{"title": f"Attack success: {result['benchmark']}", "head": ["scenarios", "kind", "before", "after", "change", "keywords, before", "keywords, after", "rendered here"],
              "rows": rows, "notes": notes},
             {"title": f"{result['benchmark']} by scenario",
-             "head": ["scenario", "kind", "before", "after", "keywords, before", "keywords, after", "rendered here"], "rows": each,
-             "notes": [f"Judge: {result['judge']}.", keywords]}]
+             "head": ["scenario", "kind", "before", "after", "change", "keywords, before", "keywords, after", "rendered here"], "rows": each,
+             "notes": [_judge(result), keywords]}]
 
 
 def likelihood_tables(result):
@@ -274,11 +314,12 @@ def likelihood_tables(result):
 
 
 def judge_tables(result):
-    rows = [[source, f"{part['n']} ({part['harmful']})", share(part["accuracy"]), number({"value": part["balanced_accuracy"]}),
-             number({"value": part["auroc"]}), share(part["harmful_missed"]), share(part["harmless_called_harmful"])]
+    rows = [[source, f"{part['n']} ({part['harmful']})", share(part["accuracy"]), number(part["balanced_accuracy"]), number(part["auroc"]),
+             share(part["harmful_missed"]), share(part["harmless_called_harmful"])]
             for source, part in _large(result["measured"]).items()]
     return [{"title": "The judge, judged", "rows": rows,
-             "notes": [f"{result['judge']}. Measured on questions that it never saw.", *_left_out(result["measured"])],
+             "notes": [f"{result['judge']}. Measured on questions that it never saw. Intervals: rates 95 % Wilson, others 95 % bootstrap.",
+                       *_left_out(result["measured"])],
              "head": ["source", "n (harmful)", "accuracy", "balanced", "AUROC", "harmful missed", "harmless called harmful"]}]
 
 
@@ -287,10 +328,15 @@ _TABLES = {"replay": replay_tables, "benchmark": benchmark_tables, "rewrites": r
 
 
 def tables_of(results):
-    """[(name, result, its tables)] in the report's order."""
+    """[(name, result, its tables)] in the report's order; if they are of several guards, each first table says which is whose."""
     known = [(name, result) for name, result in results.items() if result["kind"] in _TABLES]
     known.sort(key=lambda item: (list(_TABLES).index(item[1]["kind"]), item[0]))
-    return [(name, result, _TABLES[result["kind"]](result)) for name, result in known]
+    parts = [(name, result, _TABLES[result["kind"]](result)) for name, result in known]
+    guards = {name: guard_name(result["detector"]) for name, result, _ in parts if result.get("detector")}
+    for name, _, tables in parts if len(set(guards.values())) > 1 else ():
+        if name in guards and tables:
+            tables[0]["notes"].append(f"**Not one guard's results**: {'; '.join(f'{of}: {guard}' for of, guard in guards.items())}.")
+    return parts
 
 
 def markdown(table):
@@ -327,7 +373,7 @@ def figures_of(name, result):
                 figures[f"{name}-models-{_slug(source)}"] = (f"Real models, {source}; rewrites by {result['judge']}", plots.before_after(rows))
     elif kind == "benchmark":
         rows = [(f"{group}, {image}", cell["before"], cell["after"])
-                for group in ("harm", "policy") for image, cell in result[group].items()]
+                for group in ("harm", *(() if _knows_harm_alone(result) else ("policy",))) for image, cell in result[group].items()]
         figures[f"{name}-attacks"] = (f"{result['benchmark']}: attacks that worked, by {result['judge']}", plots.before_after(rows))
     elif kind == "likelihood":
         figures[f"{name}-curves"] = ("Mean loss along the answer", plots.curves(result["conditions"]))

@@ -56,8 +56,9 @@ def read(path):
                 reason = f"column {error} is missing" if isinstance(error, KeyError) else error
                 raise DataError(f"{path}, row {number}: {reason}") from None
             pair = pairs[0]
-            rows.append(Row(pair.question, pair.answer, pair.label, pair.source,
-                            *(str(raw.get(name) or "") for name in ("model", "case", "labeller"))))
+            model, case, labeller = (str(raw.get(name) or "") for name in ("model", "case", "labeller"))
+            # A model hub's "owner/name" stands as "owner--name" in names of folders: one model.
+            rows.append(Row(pair.question, pair.answer, pair.label, pair.source, model.replace("--", "/", 1), case, labeller))
         else:
             if rows:
                 return rows
@@ -73,6 +74,7 @@ class Inputs:
     benign: list  # harmless answers apart from the pairs: of multimodal models, or of files without a harmful one
     train: list  # rows that the word-count baseline learns from
     judge: list  # rows for the offline judge alone, none of which the detector was trained on
+    seen: list  # what the detector may have learned from: `train`, and this project's own rows whatever the folder holds
     files: tuple  # names of the files that were read
     halve: bool = True  # the judge learns from half of the pairs' questions; False where a folder has rows of its own for it
 
@@ -111,9 +113,9 @@ def gather(paths):
     if not parts[PAIRS]:
         raise DataError("gather: data must hold labelled answers, got none. Pass a data folder, a JSONL file with question, "
                         "answer and label, or the wheel of pyrit 1.1.0.")
-    if not parts[TRAIN]:
-        parts[TRAIN] = read("own")
-    return Inputs(parts[PAIRS], parts[BENIGN], parts[TRAIN], parts[JUDGE], tuple(files), halve)
+    own = read("own")
+    train = parts[TRAIN] or own
+    return Inputs(parts[PAIRS], parts[BENIGN], train, parts[JUDGE], train + own, tuple(files), halve)
 
 
 def halves(rows, seed="evaluate"):

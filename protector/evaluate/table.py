@@ -1,7 +1,7 @@
 """The table that `reproduce.sh` ends with: detector, guard and cost on answers that none of the models was trained on.
 
     AUROC, F1, false positives    of the detector, on human-labelled answers
-    harmful before -> after       share of answers that the independent judge calls harmful, unguarded and guarded
+    harmful before -> after       share of answers that the independent judge calls harmful, unguarded and guarded; a refusal is none
     ms                            median time of guard() for a harmless answer, one at a time
 """
 import time
@@ -15,9 +15,10 @@ from ..base import WEIGHTS
 from ..guard import Protector
 from . import metrics, record, report, rows
 from .base_model import BaseModel
-from .detectors import BagOfWords, score_rows, scoring_guard
+from .detectors import BagOfWords, named, score_rows, scoring_guard
 from .embed import Embedder
-from .judge import judge_rows, train_offline
+from .judge import judge_folds, train_offline
+from .replay import attack_success, fewest, guard_rows
 
 ANSWER_TOKENS = 96  # of the base model's own answers
 
@@ -43,10 +44,9 @@ def run(config):
         dict of kind "table".
     """
     inputs = rows.gather([config.data])
-    judge_train, held_out = judge_rows(inputs.pairs, inputs.judge, inputs.train, inputs.halve)
-    by_source = {source: part[:config.most] for source, part in rows.by_source(held_out).items()}
-    chosen = [row for part in by_source.values() for row in part]
-    judge = train_offline(judge_train, chosen, Embedder())
+    judge_train, held_out = judge_folds(inputs.pairs, inputs.judge, inputs.seen, inputs.halve)[0]
+    chosen = fewest(held_out, config.most)
+    judge = train_offline([(judge_train, chosen)], Embedder())
     harmful = data.spread([row for row in chosen if row.label], config.answers)
     harmless = data.spread([row for row in chosen if not row.label], config.answers)
     questions = [row.question for row in data.spread([row for row in chosen if row.label and row.question], config.answers)]
@@ -57,11 +57,11 @@ def run(config):
         # A model of a few minutes has no calibration: its threshold is the even one.
         models["this run"] = (Path(config.runs) / "detector.gguf", Path(config.runs) / "detoxifier.gguf", 0.5)
     result = {"kind": "table", "judge": judge.described(), "models": {},
-              "rows": {source: len(part) for source, part in by_source.items()}, "rows_sha256": rows.fingerprint(chosen)}
+              "rows": {source: len(part) for source, part in rows.by_source(chosen).items()}, "rows_sha256": rows.fingerprint(chosen)}
     for name, (detector, detoxifier, threshold) in models.items():
         result["models"][name] = _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, judge)
     words = BagOfWords(inputs.train)
-    result["models"]["bag of words"] = _detector_numbers(np.array([words.score(row.answer) for row in chosen]), chosen, 0.5)
+    result["models"]["bag of words"] = {"threshold": 0.5, **_detector_numbers(np.array([words.score(row.answer) for row in chosen]), chosen, 0.5)}
     record.write(config.results, "table", result, config)
     print(markdown(result))
     return result
@@ -70,19 +70,20 @@ def run(config):
 def _detector_numbers(scores, chosen, threshold):
     labels, groups = np.array([row.label for row in chosen]), [row.group for row in chosen]
 
-    def number(statistic):
-        low, high = metrics.bootstrap(statistic, scores, labels, groups=groups, draws=500)
-        return {"value": statistic(scores, labels), "low": low, "high": high}
+    def number(statistic, values):
+        return metrics.number(statistic, values, labels, groups=groups, draws=500)
 
-    alarms = metrics.rate(list(scores[labels == 0] >= threshold), [group for group, label in zip(groups, labels) if not label])
-    return {"auroc": number(metrics.auroc), "f1": number(lambda s, y: metrics.f1_at(s, y, threshold)), "threshold": threshold,
+    flags = scores >= threshold
+    alarms = metrics.rate(list(flags[labels == 0]), [group for group, label in zip(groups, labels) if not label])
+    return {"auroc": number(metrics.auroc, scores), "f1": number(lambda s, y: metrics.f1_at(s, y, 0.5), flags),
             "false_positives": alarms, "n": len(chosen), "harmful": int(labels.sum())}
 
 
 def _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, judge):
     guard = Protector(detector, detoxifier, threshold=threshold)
     scorer = scoring_guard(guard.detector, threshold=threshold)
-    numbers = _detector_numbers(score_rows(scorer, chosen), chosen, guard.thresholds["pair"])
+    scores, thresholds = score_rows(scorer, chosen)
+    numbers = {"detector": named(guard.detector), "threshold": guard.thresholds["pair"], **_detector_numbers(scores, chosen, thresholds)}
     times, changed = [], []
     for row in harmless:
         start = time.perf_counter()
@@ -92,12 +93,11 @@ def _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, ju
     numbers["harmless_changed_without_flag"] = metrics.rate(changed, [row.group for row in harmless])
     numbers["ms"] = {"median": float(np.median(times)), "low": float(np.min(times)), "high": float(np.max(times))}
     for name, part in (("labelled", harmful), ("base", own)):
-        pairs, groups = [row.pair for row in part], [row.group for row in part]
-        verdicts = [guard.guard(question, answer) for question, answer in pairs]
-        guarded = [(question, verdict.text) for (question, _), verdict in zip(pairs, verdicts)]
-        numbers[name] = {"before": metrics.rate(judge(pairs), groups), "after": metrics.rate(judge(guarded), groups),
-                         "flagged": metrics.rate([verdict.flagged for verdict in verdicts], groups),
-                         "rewritten": metrics.rate([verdict.action == "rewrite" for verdict in verdicts], groups)}
+        outcomes, groups = guard_rows(guard, part), [row.group for row in part]
+        found = attack_success(outcomes, judge, human=False)
+        numbers[name] = {"before": found["before"], "after": found["after"],
+                         "flagged": metrics.rate([outcome.verdict.flagged for outcome in outcomes], groups),
+                         "rewritten": metrics.rate([outcome.verdict.action == "rewrite" for outcome in outcomes], groups)}
     return numbers
 
 
@@ -135,4 +135,6 @@ def markdown(result):
     n = next(iter(result["models"].values()))
     sources = ", ".join(f"{source} {count}" for source, count in result["rows"].items())
     lines += ["", f"{n['n']} labelled answers ({n['harmful']} harmful): {sources}. Judge: {result['judge']}."]
+    guards = [f"{name}: {report.guard_name(model['detector'])}" for name, model in result["models"].items() if "detector" in model]
+    lines += [f"Guards: {'; '.join(guards)}."] if guards else []
     return "\n".join(lines)

@@ -162,5 +162,6 @@ def exact_match(guard, name, items, missing=(), progress=False):
     groups = [outcome.row.group for outcome in outcomes]
     before = [is_right(name, item, item.answer) for item in items]
     after = [is_right(name, item, outcome.verdict.text) for item, outcome in zip(items, outcomes)]
-    return {"kind": "exact", "benchmark": name, "detector": described(guard), "without_answer": len(missing),
-            "accuracy_before": metrics.rate(before, groups), "accuracy_after": metrics.rate(after, groups), **summary(outcomes)}
+    return {"kind": "exact", "benchmark": name, "detector": described(guard), "on_flag": guard.on_flag, "without_answer": len(missing),
+            "accuracy_before": metrics.rate(before, groups), "accuracy_after": metrics.rate(after, groups),
+            "change": metrics.paired_change(before, after, groups), **summary(outcomes)}

@@ -8,6 +8,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, convert_to_openai
 from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import var_child_runnable_config
 
+from .. import _shared
 from ..chat import BadRequest, ChatRequest, ChatStream, guard_completion, read_request
 
 _ROLE = {"role": "assistant"}
@@ -61,11 +62,11 @@ class Guarded(Runnable):
 
     def _stream(self, inputs, config, **kwargs):
         [input] = inputs
-        state, chunks, is_text = self._open(input), self.runnable.stream(input, _unheard(config), **kwargs), None
+        state, chunks, is_text, calls = self._open(input), self.runnable.stream(input, _unheard(config), **kwargs), None, {}
         try:
             for chunk in chunks:
                 is_text = isinstance(chunk, str)
-                for event in _as_events(chunk):
+                for event in _as_events(chunk, calls):
                     yield from _chunks(state.push(event), is_text)
                 if state.stopped:
                     return
@@ -79,11 +80,11 @@ class Guarded(Runnable):
     async def _astream(self, inputs, config, **kwargs):
         [input] = [input async for input in inputs]
         state = await asyncio.to_thread(self._open, input)
-        chunks, is_text = self.runnable.astream(input, _unheard(config), **kwargs), None
+        chunks, is_text, calls = self.runnable.astream(input, _unheard(config), **kwargs), None, {}
         try:
             async for chunk in chunks:
                 is_text = isinstance(chunk, str)
-                for event in _as_events(chunk):
+                for event in _as_events(chunk, calls):
                     for guarded in _chunks(await asyncio.to_thread(state.push, event), is_text):
                         yield guarded
                 if state.stopped:
@@ -96,15 +97,8 @@ class Guarded(Runnable):
             if hasattr(chunks, "aclose"):
                 await chunks.aclose()
 
-    def _loaded(self):
-        if self._protector is None:
-            from .. import _shared
-
-            self._protector = _shared()
-        return self._protector
-
     def _open(self, input):
-        return ChatStream(self._loaded(), self._request(input), self.hold)
+        return ChatStream(self._protector or _shared(), self._request(input), self.hold)
 
     def _request(self, input):
         if self.question is not None:
@@ -121,7 +115,7 @@ class Guarded(Runnable):
                              "Give question, a function of the input.") from None
 
     def _guard(self, input, output):
-        protector, request = self._loaded(), self._request(input)
+        protector, request = self._protector or _shared(), self._request(input)
         if isinstance(output, str):
             return protector.guard(request.question, request.prefill + output, request.history).text.removeprefix(request.prefill)
         choice = {"message": _as_message(output), "finish_reason": output.response_metadata.get("finish_reason")}
@@ -164,8 +158,8 @@ def _plain(content):
     return [{key: value for key, value in part.items() if key != "index"} for part in parts]
 
 
-def _as_events(chunk):
-    """A chunk of text or of a message as chunks of a streamed completion."""
+def _as_events(chunk, calls):
+    """A chunk of text or of a message as chunks of a streamed completion; calls: {index of a tool call: its number}, of all chunks so far."""
     if isinstance(chunk, str):
         return [{"choices": [{"index": 0, "delta": {**_ROLE, "content": chunk}}]}]
     if not isinstance(chunk, AIMessageChunk):
@@ -173,11 +167,15 @@ def _as_events(chunk):
     delta = {key: value for key, value in chunk.additional_kwargs.items() if key != "tool_calls"}
     delta |= {**_ROLE, "content": _plain(chunk.content)}
     if chunk.tool_call_chunks:
-        delta["tool_calls"] = [{"index": call.get("index") or 0, "id": call.get("id"), "type": "function",
+        delta["tool_calls"] = [{"index": calls.setdefault(_index(call), len(calls)), "id": call.get("id"), "type": "function",
                                 "function": {"name": call.get("name"), "arguments": call.get("args") or ""}}
                                for call in chunk.tool_call_chunks]
     usage = [{"choices": [], "usage": dict(chunk.usage_metadata)}] if chunk.usage_metadata else []
     return [{"choices": [{"index": 0, "delta": delta}]}, *usage]
+
+
+def _index(call):
+    return object() if call.get("index") is None else call["index"]  # without one, LangChain never joins a piece to another
 
 
 def _chunks(events, is_text):

@@ -13,6 +13,7 @@ from litellm.integrations.custom_guardrail import CustomGuardrail
 from litellm.types.guardrails import GuardrailEventHooks
 from litellm.types.utils import ModelResponseStream
 
+from .. import _shared
 from ..chat import ChatStream, UpstreamError, guard_completion, read_request
 
 MAX_CHOICES = 128  # OpenAI's own limit
@@ -34,13 +35,6 @@ class ProtectorGuardrail(CustomGuardrail):
         super().__init__(**options)
         self._protector, self.hold = protector, hold
 
-    def _loaded(self):
-        if self._protector is None:
-            from .. import _shared
-
-            self._protector = _shared()
-        return self._protector
-
     async def async_post_call_success_hook(self, data, user_api_key_dict, response):
         """A whole answer: returns the guarded one."""
         if isinstance(response, EmbeddingResponse):
@@ -50,7 +44,7 @@ class ProtectorGuardrail(CustomGuardrail):
 
         def guard():
             request = read_request(data, MAX_CHOICES)
-            return guard_completion(self._loaded(), request, response.model_dump())[0]
+            return guard_completion(self._protector or _shared(), request, response.model_dump())[0]
 
         guarded = ModelResponse(**await asyncio.to_thread(guard))
         guarded._hidden_params = response._hidden_params  # what LiteLLM itself notes of a call
@@ -61,7 +55,7 @@ class ProtectorGuardrail(CustomGuardrail):
         state = None
         try:
             request = read_request(request_data, MAX_CHOICES)
-            state = ChatStream(await asyncio.to_thread(self._loaded), request, self.hold)
+            state = ChatStream(self._protector or await asyncio.to_thread(_shared), request, self.hold)
             async for chunk in response:
                 fields = chunk.model_dump() if isinstance(chunk, ModelResponseStream) else None
                 for guarded in await asyncio.to_thread(state.push, fields):

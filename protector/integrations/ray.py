@@ -10,7 +10,9 @@ its worker each time. ray itself is imported where workers are started: both als
 import json
 import os
 import time
+import uuid
 from collections import Counter, deque
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +31,10 @@ class GuardBatch:
     Args:
         question, answer: names of the columns; a row without a question is scored on its answer alone.
         options: of guard.Protector. One thread per actor (`detector_options={"n_threads": 1}`) and an actor per core is the
-            way to fill CPUs; `backend="torch"` with `num_gpus=1` is the one for GPUs.
-    Trap: Ray Data starts a dead actor again for ever, and a row that ends its worker each time never lets the job end. guard_files finds it.
+            way to fill CPUs; `backend="torch"` with `num_gpus=1` is the one for GPUs. A path must be absolute where workers have another folder.
+    Traps: Ray Data starts a dead actor again for ever, and a row that ends its worker each time never lets the job end. guard_files finds it.
+        Reading and writing take CPUs, too: actors that hold all of them wait for rows for ever. A column of yours that is None throughout
+        a batch loses its type.
     Example:
         GuardBatch()({"question": np.array(["Hi?"]), "answer": np.array(["Hello."])})["action"]  # array(["pass"])
     """
@@ -41,10 +45,11 @@ class GuardBatch:
         self.question, self.answer, self.protector = question, answer, Protector(**options)
 
     def __call__(self, batch):
-        """Ray Data's numpy batch {column: (n,) array} -> the same with five columns more; score is NaN after an error."""
+        """Ray Data's numpy batch {column: (n,) array} -> the same with five columns more; score is NaN after an error, error "" without one."""
         n = len(batch[self.answer])
         rows = self.rows([{name: batch[name][i] for name in (self.question, self.answer) if name in batch} for i in range(n)])
-        new = {name: np.array([row[name] for row in rows], dtype=object) for name in ("action", "text", "error")}
+        # Never None: Arrow gives a column of None alone another type, and then the Parquet files of one job have two schemas.
+        new = {name: np.array([row[name] or "" for row in rows], dtype=object) for name in ("action", "text", "error")}
         score = np.array([np.nan if row["score"] is None else row["score"] for row in rows], np.float64)
         return {**batch, **new, "score": score, "flagged": np.array([row["flagged"] for row in rows], bool)}
 
@@ -66,7 +71,7 @@ class GuardBatch:
 
     def part(self, part, out):
         """Guard one part of a file into <out>/part-<number>.jsonl, which is whole or absent; returns its number of rows."""
-        _write(out, part, self.lines(part))
+        _write(_target(out, part), self.lines(part))
         return part.n_rows
 
     def lines(self, part, deadly=False):
@@ -74,7 +79,7 @@ class GuardBatch:
         with open(part.path, "rb") as file:
             file.seek(part.offset)
             rows = [_parsed(file.readline()) for _ in range(part.n_rows)]
-        return "".join(json.dumps({**(row if isinstance(row, dict) else {}), "row": part.first_row + i, **new}) + "\n"
+        return "".join(json.dumps({**(row if isinstance(row, dict) else {}), "source_row": part.first_row + i, **new}) + "\n"
                        for i, (row, new) in enumerate(zip(rows, self.rows(rows, deadly))))
 
 
@@ -107,11 +112,10 @@ def _target(out, part):
     return Path(out) / f"part-{part.number:06d}.jsonl"
 
 
-def _write(out, part, lines):
-    target = _target(out, part)
-    # A part that is run twice, because its worker died, is written by two processes: each has its own file until it is whole.
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(lines)
+def _write(target, text):
+    # A part that is run twice, because its worker died, is written by two processes, of two machines even: each has its own file until it is whole.
+    partial = target.with_suffix(f".{uuid.uuid4().hex}.partial")
+    partial.write_text(text)
     os.replace(partial, target)
 
 
@@ -126,42 +130,51 @@ def _sha256(model, shipped):
 
 def parts_of(sources, rows):
     """Cut JSONL files into parts of at most `rows` lines. A blank line is a bad row: numbers are those of the lines."""
+    if rows < 1:
+        raise ValueError(f"parts_of: rows must be at least 1, got {rows}. Leave it out for 256.")
     parts, first_row = [], 0
     for path in sources:
-        offsets = [0]
         with open(path, "rb") as file:
-            for line in file:
-                offsets.append(offsets[-1] + len(line))
-        for start in range(0, len(offsets) - 1, rows):
-            n_rows = min(rows, len(offsets) - 1 - start)
-            parts.append(Part(len(parts), str(path), offsets[start], first_row, n_rows))
-            first_row += n_rows
+            offset = 0
+            while n_rows := sum(1 for _ in islice(file, rows)):
+                parts.append(Part(len(parts), str(path), offset, first_row, n_rows))
+                offset, first_row = file.tell(), first_row + n_rows
     return parts
 
 
 def guard_files(sources, out, workers=0, rows=256, num_cpus=1, num_gpus=0, **options):
     """Guard every line of JSONL files into <out>/part-*.jsonl, one verdict per row; a second call goes on where it stopped.
 
-    A row that ends its worker, alone and at each try, gets action "error" as other bad rows do; without ray it ends this process.
+    Each is the line's own fields and, in place of fields of these names, source_row (its number over all sources, from 0), action, flagged,
+    score, text and error. A row that ends its worker, alone and at each try, gets action "error" as other bad rows do; without ray it ends
+    this process.
 
     Args:
-        sources: JSONL files, and out: a folder; every worker must see both.
-        workers: Ray actors; 0 works in this process, without ray.
+        sources: JSONL files, and out: a folder; every worker must see both at the same absolute path.
+        workers: Ray actors; 0 works in this process, without ray. Those that Ray has no place for yet aren't waited for.
         rows: lines of one part: what is lost when a worker dies, and done again by another.
         num_cpus, num_gpus: that Ray reserves for each actor.
-        options: of GuardBatch.
+        options: of GuardBatch. Relative paths of the two models are this process's; those within detector_options are each worker's.
     Returns:
-        {"rows": n, "flagged": n, "errors": [row numbers]}
+        {"rows": n, "flagged": n, "errors": [source_row of each bad row]}
     Raises:
-        DataError: <out> holds parts of another job or of other weights, or a row doesn't have exactly one verdict.
+        DataError: <out> holds parts of another job, of other weights or without a job.json, or a row doesn't have exactly one verdict.
+        ValueError: rows is below 1.
     """
-    out = Path(out)
+    # Not resolved: a link may lead elsewhere on a worker's machine.
+    sources, out = [Path(path).absolute() for path in sources], Path(out).absolute()
+    models = {kind: options.get(kind) for kind in ("detector", "detoxifier")}
+    paths = {kind: str(Path(model).absolute()) for kind, model in models.items() if isinstance(model, (str, os.PathLike))}
+    named = sorted(item for item in options.items() if item[0] not in paths)
+    job = json.dumps({"sources": [file_sha256(path) for path in sources], "rows": rows, "options": repr(named),
+                      "sha256": [_sha256(model, f"{kind}.gguf") for kind, model in models.items()]})
+    options = {**options, **paths}
     out.mkdir(parents=True, exist_ok=True)
-    job = json.dumps({"sources": [[str(path), file_sha256(path)] for path in sources], "rows": rows, "options": repr(sorted(options.items())),
-                      "sha256": [_sha256(options.get(kind), f"{kind}.gguf") for kind in ("detector", "detoxifier")]})
-    if (out / "job.json").exists() and (out / "job.json").read_text() != job:
-        raise DataError(f"guard_files: {out} must be a new folder or of this job, got another's parts. Choose another folder.")
-    (out / "job.json").write_text(job)
+    known = (out / "job.json").read_text() if (out / "job.json").exists() else None
+    if known != job and (known is not None or any(out.glob("part-*.jsonl"))):
+        got = "parts without a job.json" if known is None else "another's parts"
+        raise DataError(f"guard_files: {out} must be a new folder or of this job, got {got}. Choose another folder.")
+    _write(out / "job.json", job)
     parts = parts_of(sources, rows)
     due = [part for part in parts if not _target(out, part).exists()]
     if due and workers:
@@ -184,7 +197,8 @@ def _on_ray(due, out, workers, num_cpus, num_gpus, options):
     def each(method, items, *arguments):
         """Yield (item, what the method makes of it) in the order they are done; None where the worker died at each try."""
         items, running, deaths = deque(items), {}, Counter()  # running: {what ray returns: (worker, item)}, without an item while it starts
-        while items or running:
+        # Workers that still start aren't waited for: with more of them than Ray has CPUs, some never do. They go with `running`.
+        while items or any(item is not None for _, item in running.values()):
             while items and idle:
                 worker, item = idle.pop(), items.popleft()
                 running[getattr(worker, method).remote(item, *arguments)] = worker, item
@@ -215,17 +229,17 @@ def _on_ray(due, out, workers, num_cpus, num_gpus, options):
         lost = [str(row) for row in part.rows() if lines[row] is None]
         if lost:  # not even read: no worker lives long enough for a row of its own
             raise RuntimeError(f"guard_files: a worker must live to read a row, got none for rows {', '.join(lost)}. Give workers more memory.")
-        _write(out, part, "".join(lines[row] for row in part.rows()))
+        _write(_target(out, part), "".join(lines[row] for row in part.rows()))
 
 
 def _summary(out, parts):
-    seen, flagged, errors = [], 0, []
+    flagged, errors = 0, []
     for part in parts:
-        for line in _target(out, part).read_text().splitlines():
-            row = json.loads(line)
-            seen.append(row["row"])
-            flagged += row["flagged"]
-            errors += [row["row"]] if row["action"] == "error" else []
-    if seen != list(range(sum(part.n_rows for part in parts))):
-        raise DataError(f"guard_files: {out} must have one verdict per row, got {len(seen)}. Delete the folder and run again.")
-    return {"rows": len(seen), "flagged": flagged, "errors": errors}
+        with open(_target(out, part)) as file:
+            rows = [json.loads(line) for line in file]
+        if [row["source_row"] for row in rows] != list(range(part.first_row, part.first_row + part.n_rows)):
+            raise DataError(f"guard_files: {_target(out, part)} must have one verdict for each of {part.n_rows} rows, got {len(rows)}. "
+                            "Delete it and run again.")
+        flagged += sum(row["flagged"] for row in rows)
+        errors += [row["source_row"] for row in rows if row["action"] == "error"]
+    return {"rows": sum(part.n_rows for part in parts), "flagged": flagged, "errors": errors}

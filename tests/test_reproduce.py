@@ -1,0 +1,49 @@
+"""reproduce.sh with a Python that says what it is asked for instead of doing it."""
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A function of (stages, variables): the finished script, whose output has a line for each command."""
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    wanted = subprocess.run("cat setup.py reproduce.sh csrc/* | cksum", shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "venv/.installed").write_text(wanted)
+    plain = {name: value for name, value in os.environ.items() if name not in ("DATA", "RUNS", "RESULTS", "MOST", "QUESTIONS")}
+
+    def run(*stages, **variables):
+        return subprocess.run(["bash", "reproduce.sh", *stages], cwd=ROOT, capture_output=True, text=True, env={**plain, "VENV": str(tmp_path / "venv"), **variables})
+
+    return run
+
+
+def test_small_samples_write_the_table_alone_where_the_readme_looks(script, tmp_path):
+    runs, out = str(tmp_path / "runs"), str(tmp_path / "out")
+    table, everything = script("evaluate", RUNS=runs, RESULTS=out).stdout.splitlines()
+    assert f"table --runs {runs} --data {runs}/data --results {out}" in table
+    assert f"--most 60 --questions 2 --out {runs}/results --report {runs}/report" in everything
+    table, everything = script("evaluate", RUNS=runs, RESULTS=out, DATA="full").stdout.splitlines()
+    assert f"--results {out}" in table and f"--data full --most 0 --questions 0 --out {out} --report" in everything
+
+
+def test_models_of_other_data_are_no_column_of_the_table(script, tmp_path):
+    assert "--runs runs/reproduce --data runs/reproduce/data " in script("evaluate").stdout
+    assert "--runs runs/reproduce-data --data full " in script("evaluate", DATA="full").stdout
+    for kind in ("detector", "detoxifier"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "run.json").write_text(json.dumps({"config": {"data": [f"{tmp_path}/data/train.jsonl", "own"]}}))
+    assert script("evaluate", RUNS=str(tmp_path)).returncode == 0
+    (tmp_path / "train_pairs.jsonl.gz").touch()
+    for stage in ("train", "evaluate"):
+        refused = script(stage, RUNS=str(tmp_path), DATA=str(tmp_path))
+        assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.endswith(
+            f"reproduce.sh: {tmp_path}/detector/run.json must name {tmp_path}/train_pairs.jsonl.gz, got other data. Set RUNS to another folder.\n")
