@@ -151,7 +151,7 @@ def check_detector(protector):
         ModelError: the scores aren't what they were at export, or aren't numbers.
     """
     if getattr(protector.detector, "metadata", None) is not None:
-        from .llama import check_canaries
+        from .canaries import check_canaries
 
         check_canaries(protector.detector)
     else:
