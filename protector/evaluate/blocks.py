@@ -20,6 +20,7 @@ from . import report, table
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "protector/weights/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FIGURES = ROOT / "results/figures"
+PENDING = {"joint"}  # documents may hold their blocks before the command has run
 BLOCK = re.compile(r"<!-- from (\S+) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
@@ -38,6 +39,8 @@ def draw(name):
     path = ROOT / name
     if path.suffix == ".gguf":
         return _thresholds(path)
+    if path.stem in PENDING and not path.exists():
+        return "Not run yet."
     result = json.loads(path.read_text())
     return RENDERERS.get(path.stem + mark + part, _report())(result)
 
@@ -163,6 +166,25 @@ def _shared(result):
     return "\n\n".join([quality, _grid(["", "two models", "one backbone", "one backbone, blocks alone"], costs, note)])
 
 
+def _joint(result):
+    """What each way learned, with differences from the first one; the last way has the first one's detector."""
+    def apart(found, name):
+        found = found.get("difference")
+        return f" ({found[name]:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}])" if found else ""
+
+    def auroc(found):
+        return f"{found['auroc']:.3f}{apart(found, 'auroc')}" if found else "the first line's"
+
+    held, seen, sources = result["held_out"], result["trained_on"], result["sources"]
+    rows = [[name, f"{report.number(found['nats'])}{apart(found['nats'], 'value')}", *(auroc(found["sources"].get(source)) for source in sources)]
+            for name, found in result["ways"].items()]
+    return _grid(["", "nats per accepted token", *(f"AUROC, {name}, n {found['n']} ({found['harmful']})" for name, found in sources.items())], rows,
+                 f"Trained from nothing for {result['steps']} steps on {seen['pairs']:,} pairs and {seen['triples']:,} triples; the detector reads "
+                 f"{result['depth']} blocks. Nats: {held['tokens']:,} tokens of {held['triples']} rewrites of questions held out; "
+                 f"{report.number(result['untrained'])} before training. In round brackets the difference from the first line, with its interval by a paired "
+                 f"bootstrap over questions. {_machine(result)}")
+
+
 def _lookup(result):
     rows = [[most, f"{found['decodes_of_tokens']:.2f}", report.number(found["speed_up"], 2)] for most, found in result["guesses"].items()]
     times = ", ".join(f"{size} {bench._number(found)}" for size, found in result["decode_ms"].items())
@@ -221,8 +243,8 @@ def _report(*chosen, title=""):
     return render
 
 
-RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "compare": _compare, "shared": _shared, "lookup": _lookup,
-             "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost, "bench": bench.markdown, "bench_sweep": bench.sweep_markdown,
+RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "compare": _compare, "shared": _shared, "joint": _joint,
+             "lookup": _lookup, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost, "bench": bench.markdown, "bench_sweep": bench.sweep_markdown,
              "detectors": _report(0, 1), "detectors#targets": _detector_targets, "detectors#published": _report(title="Published guards"),
              "rewrites#targets": _rewrite_targets, "replay": _report(0), "utility": _report(0),
              "replay#models": _report(title="Real models in replay: msts")}
