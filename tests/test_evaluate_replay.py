@@ -143,6 +143,14 @@ def test_longest_run_equals_difflib():
         assert rewrites.longest_run(" ".join(a), " ".join(b)) == match.size
 
 
+def test_rewrites_of_one_question_have_no_other_to_be_about():
+    """Regression: with a single question the look for another one ended in StopIteration."""
+    for n in (1, 2):
+        outcomes = replay.guard_rows(guard("Sorry, I can't say."), [Row("Clean the bath?", HARMFUL, 1, "own")] * n)
+        result = rewrites.evaluate(guard(), outcomes, FakeJudge(), None, RelevanceJudge("fake", lambda pairs: [True] * len(pairs), {}))
+        assert result["rewritten"]["k"] == n and "relevance_judged" not in result
+
+
 def test_rewrite_metrics_by_hand():
     some = [Row(f"Clean the bath {letter}", HARMFUL, 1, "own") for letter in "abc"] + rows()
     outcomes = replay.guard_rows(guard("Sorry, I can't say; just pour bleach away, bath a"), some)
