@@ -338,10 +338,13 @@ class ResponseDetoxifier(_Model):
 
     def loss(self, batch, prefix_weight=0.0):
         """L_detox. The vocabulary is projected only where there is a target: it costs as much as eight blocks."""
-        hidden = self.blocks(input_ids=batch["ids"], use_cache=False).last_hidden_state  # (B, T, d), padded on the right
-        has_target = batch["targets"] != IGNORE  # (B, T)
+        return self.loss_of(self.blocks(input_ids=batch["ids"], use_cache=False).last_hidden_state, batch["targets"])
+
+    def loss_of(self, hidden, targets):
+        """L_detox of the last block's states (B, T, d), padded on the right, and targets (B, T)."""
+        has_target = targets != IGNORE  # (B, T)
         logits = self._causal.lm_head(hidden[has_target])  # (B, T, d) -> (M, V)
-        return detox_loss(logits[None], batch["targets"][has_target][None])
+        return detox_loss(logits[None], targets[has_target][None])
 
     @torch.inference_mode()
     def generate(self, prompt, max_tokens, temperature=0.0, seed=0, deadline=None):

@@ -277,7 +277,7 @@ def train(config, progress=True):
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
     trained = list(model.trained().values())
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = optimizer_of(trained, config)
     bf16 = bf16_is_faster(device)
     if world > 1:  # measured, so ranks may differ: the first one decides
         shared = torch.tensor([float(bf16)], device=device)
@@ -313,7 +313,7 @@ def train(config, progress=True):
             epoch = step // per_epoch
             steps = _epoch(config, rows, model.template, epoch)
         groups = steps[step % per_epoch % len(steps)]  # windows are drawn anew: an epoch may have a batch fewer
-        rate = max(config.lr * min(1.0, share / config.warmup if config.warmup else 1.0) * (1 - share), config.lr * 1e-3)
+        rate = rate_at(share, config)
         for options in optimizer.param_groups:
             options["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
@@ -362,6 +362,15 @@ def train(config, progress=True):
         (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
         (out / "checkpoint.pt").unlink(missing_ok=True)
     return model.eval()
+
+
+def optimizer_of(weights, config):
+    return torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+
+def rate_at(share, config):
+    """Learning rate when this share of a run is done: it rises over warmup, falls to 0 at the end, and is never 0."""
+    return max(config.lr * min(1.0, share / config.warmup if config.warmup else 1.0) * (1 - share), config.lr * 1e-3)
 
 
 def _epoch(config, rows, template, epoch):

@@ -23,10 +23,10 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import data
-from ..losses import IGNORE, detox_loss, harm_loss
+from ..losses import harm_loss
 from ..models import DEFAULT, KINDS, ModelConfig, build
 from ..options import parsed
-from ..train import TrainConfig, _device, _epoch, _norm, bf16_is_faster, collate, detoxifier_examples, load_rows
+from ..train import TrainConfig, _device, _epoch, _norm, bf16_is_faster, collate, detoxifier_examples, load_rows, optimizer_of, rate_at
 from . import metrics, record, rows
 from .compare import _measured, last_logits
 from .replay import fewest
@@ -167,7 +167,7 @@ def both(detector, detoxifier):
         if detector.config.depth < len(states) - 1:  # trap: transformers gives the last block's output after the norm, the others' before it
             state = body.norm(state)
         logits = detector.head(state.to(detector.head.weight.dtype)).squeeze(-1)  # (B, d) -> (B,)
-        return {"detector": harm_loss(logits, answers["labels"], answers["weights"]), "detoxifier": _detox(detoxifier, states[-1], batch["targets"])}
+        return {"detector": harm_loss(logits, answers["labels"], answers["weights"]), "detoxifier": detoxifier.loss_of(states[-1], batch["targets"])}
 
     return losses
 
@@ -195,7 +195,7 @@ def after(detector, detoxifier):
         real = torch.arange(cache.get_seq_length(), device=n_read.device) < n_read[:, None]  # rows of the cache are padded on the right
         hidden = body(input_ids=batch["ids"], position_ids=positions, attention_mask=torch.cat([real, torch.ones_like(positions, dtype=torch.bool)], 1),
                       past_key_values=cache, use_cache=True).last_hidden_state
-        return {"detoxifier": _detox(detoxifier, hidden, batch["targets"])}
+        return {"detoxifier": detoxifier.loss_of(hidden, batch["targets"])}
 
     return losses
 
@@ -210,11 +210,6 @@ def cached(detoxifier, group):
     return cache, answers["last"] + 1
 
 
-def _detox(detoxifier, hidden, targets):
-    has_target = targets != IGNORE  # (B, T)
-    return detox_loss(detoxifier._causal.lm_head(hidden[has_target])[None], targets[has_target][None])
-
-
 def fit(name, models, losses, steps, options, bf16):
     """Train what has a gradient, with train.py's optimiser, rate and clipping.
 
@@ -224,10 +219,10 @@ def fit(name, models, losses, steps, options, bf16):
         number of trained parameters.
     """
     weights = [value for value in nn.ModuleList(models).parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = optimizer_of(weights, options)
     for at, (pairs, triples) in enumerate(tqdm(steps, desc=name, unit="step")):
         share, norms = at / len(steps), {"detector": _norm(pairs + triples, "detector"), "detoxifier": _norm(triples, "detoxifier")}
-        optimizer.param_groups[0]["lr"] = max(options.lr * min(1.0, share / options.warmup) * (1 - share), options.lr * 1e-3)
+        optimizer.param_groups[0]["lr"] = rate_at(share, options)
         optimizer.zero_grad(set_to_none=True)
         for group in pairs + triples:
             with torch.autocast(weights[0].device.type, torch.bfloat16, enabled=bf16):
