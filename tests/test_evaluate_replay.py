@@ -144,7 +144,6 @@ def test_longest_run_equals_difflib():
 
 
 def test_rewrites_of_one_question_have_no_other_to_be_about():
-    """Regression: with a single question the look for another one ended in StopIteration."""
     for n in (1, 2):
         outcomes = replay.guard_rows(guard("Sorry, I can't say."), [Row("Clean the bath?", HARMFUL, 1, "own")] * n)
         result = rewrites.evaluate(guard(), outcomes, FakeJudge(), None, RelevanceJudge("fake", lambda pairs: [True] * len(pairs), {}))

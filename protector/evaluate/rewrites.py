@@ -111,8 +111,7 @@ def evaluate(guard, outcomes, judge, embed, relevance=None, perplexity=None, lea
         "words": metrics.number(np.median, [len(outcome.verdict.text.split()) for outcome in written], groups=of_written),
         "relevance": on_topic(questions, texts, embed) if embed else None}
     known = {row.group for row in learned}
-    others = _others(questions) if len(set(questions)) > 1 else []
-    asked = [(question, other, text, group) for question, other, text, group in zip(questions, others, texts, of_asked) if group not in known]
+    asked = [(question, other, text, group) for question, other, text, group in zip(questions, _others(questions), texts, of_asked) if group not in known]
     if relevance and asked:
         own, other, texts, groups = zip(*asked)
         result["relevance_judged"] = {"judge": relevance.described(), "judge_measured": relevance.measured,
