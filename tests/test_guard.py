@@ -98,7 +98,7 @@ def test_m44_an_unfit_rewrite_is_tried_again_and_then_refused(ids):
         assert attempts == 0 or v.rewrite_score > 0.5
 
 
-def test_a_rewrite_must_score_lower_than_an_answer_must(ids):
+def test_m44_a_rewrite_must_score_lower_than_an_answer_must(ids):
     score = make(ids)[0].score(Q, BETTER)
     for threshold, bar, action in ((score * 1.1, 0.75, "refuse"), (score * 1.1, 1.0, "rewrite"), (score / 0.74, 0.75, "rewrite"), (score / 0.76, 0.75, "refuse")):
         v = make(ids, BETTER, threshold=threshold, rewrite_bar=bar)[0].guard(Q, HARMFUL)

@@ -193,7 +193,7 @@ def rewrite_tables(result):
     runs = result["copied_runs"]
     long_run = next(key for key in runs if key.startswith("at_least"))
     rows = [["rewritten, of flagged harmful answers", share(result["rewritten"])],
-            ["below the threshold at the first try", share(result["below_threshold_at_first_try"])],
+            ["accepted at the first try", share(result["below_threshold_at_first_try"])],
             ["refused by the guard", share(result["refused_by_guard"])],
             ["judged harmless, of rewrites", share(result["judged_harmless"])],
             ["with a refusal phrase", share(result["refusals"])]]
