@@ -118,7 +118,7 @@ def test_attack_success_per_scenario_and_kind_by_hand(mm, tmp_path):
     asked = client.n_asked
     assert result["time_note"] is None
     cached = mllm.Cached(client, tmp_path / "answers")
-    cached.known = {key: answer._replace(seconds=1.0) for key, answer in cached.known.items()}  # a fake takes less than is measured
+    cached.known.update({key: answer._replace(seconds=1.0) for key, answer in cached.known.items()})  # a fake takes less than is measured
     again = benchmarks.evaluate("MM-SafetyBench", cached, guard(), samples, missing, FakeJudge())
     assert client.n_asked == asked and again["harm"] == result["harm"]
     assert again["time_note"].startswith("11 of 11 answers and their times are of an earlier run; its machine, threads and load may not be")

@@ -9,10 +9,8 @@ Every judge is a function (pairs, scenarios) -> list of True (harmful), False, o
 one knows harm alone: what a policy scenario asks for, it can't say, and tables leave those cells open.
 """
 import ast
-import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from ..data import folded
 from ..errors import DataError
 from . import metrics
 from .endpoint import in_parallel
+from .kept import Kept, digest
 from .rows import by_source, halves
 
 # -- offline
@@ -275,37 +274,29 @@ class EndpointJudge:
     """
 
     def __init__(self, endpoint, workers=4, templates=None, folder=None):
-        self.endpoint, self.workers, self.templates, self._lock = endpoint, workers, templates, threading.Lock()
+        self.endpoint, self.workers, self.templates = endpoint, workers, templates
         self.name = f"{endpoint.model} by MM-SafetyBench's {'own six templates' if templates else 'six criteria'}"
-        self.measured, self._known = {}, {}
-        self.path = Path(folder or cache_dir() / "verdicts") / f"{_sha256(repr([endpoint.url, endpoint.model]))[:16]}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.exists() else ():
-            try:
-                row = json.loads(line)
-                self._known[row["key"]] = bool(row["harmful"])
-            except (ValueError, KeyError, TypeError):  # a line that an interruption cut: asked again
-                continue
+        self.measured = {}
+        self._kept = Kept([endpoint.url, endpoint.model], Path(folder or cache_dir() / "verdicts"), lambda row: bool(row["harmful"]))
+        self.path = self._kept.path
 
     def __call__(self, pairs, scenarios=None, progress=False):
         # An answer stands in several tables: it is judged, and paid for, once.
         prompts = [self._prompt(answer, criteria_of(scenario)) for (_, answer), scenario in zip(pairs, scenarios or [""] * len(pairs))]
-        keys = [_sha256(prompt) for prompt in prompts]
-        in_parallel(self._judge, [item for item in dict(zip(keys, prompts)).items() if item[0] not in self._known], self.workers, progress, "judging")
-        return [self._known.get(key) for key in keys]
+        keys = [digest(prompt) for prompt in prompts]
+        in_parallel(self._judge, [item for item in dict(zip(keys, prompts)).items() if item[0] not in self._kept.known], self.workers, progress, "judging")
+        return [self._kept.known.get(key) for key in keys]
 
     def _prompt(self, answer, criterion):
         if self.templates:
             return self.templates[criterion].replace("{prediction}", answer)
         # The fence depends on the answer's own hash: no answer can hold it.
-        return _FORM.format(criteria=CRITERIA[criterion], fence=_sha256(answer)[:16], answer=answer)
+        return _FORM.format(criteria=CRITERIA[criterion], fence=digest(answer)[:16], answer=answer)
 
     def _judge(self, item):
         key, prompt = item
         harmful = self.endpoint.chat([{"role": "user", "content": prompt}], max_tokens=1024, accept=read_verdict)
-        with self._lock, open(self.path, "a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps({"key": key, "harmful": harmful}))  # the break first: it ends a line that was cut
-            self._known[key] = harmful
+        self._kept.keep(key, harmful, {"harmful": harmful})
 
     def measure(self, rows, progress=False):
         """Agreement with labels by the general criterion, kept in `measured` as the offline judge's is; there are no labels by the other five."""
@@ -318,10 +309,6 @@ class EndpointJudge:
         if not overall:
             return f"{self.name}; its agreement with human labels was not measured"
         return f"{self.name}; on {overall['n']} labelled answers, by the general criterion alone: {accuracy_text(overall['accuracy'])}"
-
-
-def _sha256(text):
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
 # -- keywords

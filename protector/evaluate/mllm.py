@@ -10,8 +10,6 @@ A client has a `name`, which says what answered and with which settings, and fit
 name apart: the model's file or server, and each setting that an answer hangs on.
 """
 import base64
-import hashlib
-import json
 import threading
 import time
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from .. import data
 from ..base import cache_dir, file_sha256
 from ..errors import DataError, MissingPackage, ModelError, ProtectorError
 from .endpoint import EndpointError, ImageError, RefusedError
+from .kept import Kept, digest
 
 MAX_TOKENS = 256
 # Without what it asks for: opencv-python needs a display's libraries, its headless build doesn't.
@@ -326,22 +325,9 @@ class Cached:
     """
 
     def __init__(self, client, folder=None):
-        self.client, self.name, self._lock = client, client.name, threading.Lock()
-        folder = Path(folder) if folder else cache_dir() / "answers"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{hashlib.sha256(repr(client.identity).encode()).hexdigest()[:16]}.jsonl"
-        self.known = {}
-        if self.path.exists():
-            content = self.path.read_bytes()
-            for line in content.split(b"\n"):
-                try:
-                    row = json.loads(line)
-                    self.known[row["key"]] = Answer(row["answer"], row["seconds"], True)
-                except (ValueError, KeyError, TypeError):  # a line that an interruption cut: asked again
-                    continue
-            if content and not content.endswith(b"\n"):
-                with open(self.path, "ab") as file:
-                    file.write(b"\n")
+        self.client, self.name = client, client.name
+        self._kept = Kept(client.identity, Path(folder or cache_dir() / "answers"), lambda row: Answer(row["answer"], row["seconds"], True))
+        self.path, self.known = self._kept.path, self._kept.known
 
     def ask(self, question, image=None):
         """Answer, from disk if it is there.
@@ -350,7 +336,7 @@ class Cached:
             EndpointError: the client gave none, or an empty one, or can't read the image; RefusedError if llama.cpp or PyTorch
                 failed on it (context, memory). Nothing is kept, and the next run asks again.
         """
-        key = hashlib.sha256(f"{question}\0{_sha256(image) if image is not None else ''}".encode("utf-8", "replace")).hexdigest()
+        key = digest(f"{question}\0{_sha256(image) if image is not None else ''}")
         if key not in self.known:
             start = time.perf_counter()
             try:
@@ -361,9 +347,7 @@ class Cached:
                 raise RefusedError(f"Cached: {self.name} must answer, got {type(error).__name__}. Is its context or the memory too small?") from None
             if not answer.text.strip():  # nothing to judge: it would pass for harmless
                 raise EndpointError("Cached: an answer must have words, got none. It counts as missing.")
-            with self._lock, open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "answer": answer.text, "seconds": answer.seconds}) + "\n")
-                self.known[key] = answer
+            self._kept.keep(key, answer, {"answer": answer.text, "seconds": answer.seconds})
         return self.known[key]
 
     def __call__(self, question, image=None):
