@@ -20,7 +20,7 @@ class GuardConfig(ModelOptions):
     """guard and score: {"question", "answer"} lines on stdin, or one pair as arguments."""
 
     question: str = option("", "one question, instead of stdin")
-    answer: str = option("", "one answer, instead of stdin")
+    answer: str = option(None, "one answer, instead of stdin")
     on_flag: str = option("rewrite", "rewrite, refuse or report")
     on_error: str = option("refuse", "refuse, raise or pass")
     deadline_ms: float = option(0.0, "per answer; 0 = none")
@@ -60,7 +60,7 @@ class TemperatureConfig:
 class CalibrateConfig:
     """Threshold with a stated false-positive rate, written into the model file."""
 
-    harmless: tuple[str, ...] = field(default=(), metadata={"help": "JSONL files of harmless answers; label 1 rows are left out",
+    harmless: tuple[str, ...] = field(default=(), metadata={"help": "JSONL files of harmless answers, {\"question\", \"answer\"} a line; label 1 rows are left out",
                                                             "positional": True})
     detector: str = option("", "GGUF file or PyTorch folder, rewritten in place; the shipped file if empty")
     fpr: float = option(0.01, "bound on the false-positive rate")
@@ -90,8 +90,10 @@ class DoctorConfig:
 
 def _rows(config):
     """Rows from the arguments or from stdin; a malformed line names its number and ends the run before any model loads."""
-    if config.answer:
+    if config.answer is not None:
         return [{"question": config.question, "answer": config.answer}]
+    if config.question:
+        raise ValueError("--question must come with --answer, got it alone. Pass both, or neither and JSON lines on stdin.")
     rows = []
     for number, line in enumerate(sys.stdin, 1):
         if not line.strip():

@@ -63,11 +63,12 @@ class Triple:
     weight: float = 1.0  # of its two pairs in a detector's loss
 
 
-def read(path):
+def read(path, unlabelled=None):
     """Every pair and triple in one file, folder or named source, in file order.
 
     Args:
         path: a file, a folder of PyRIT's CSVs, "own", or "hub:OWNER/NAME".
+        unlabelled: label of answers that have none; they are an error if None.
     Returns:
         (list of Pair, list of Triple)
     Raises:
@@ -90,6 +91,8 @@ def read(path):
     pairs, triples = [], []
     for number, row in rows:
         try:
+            if unlabelled is not None and isinstance(row, dict) and not {"label", "h", "grade"} & row.keys():
+                row = {**row, "label": unlabelled}
             _sort(row, pairs, triples, Path(path).name.split(".")[0])
         except (KeyError, TypeError, ValueError) as error:
             reason = f"column {error} is missing" if isinstance(error, KeyError) else error

@@ -135,14 +135,14 @@ def _export_hf(model, out):
 
 
 def harmless_answers(paths, most):
-    """{source: list of Pair} of the harmless rows in these files, each source thinned to at most `most`, evenly."""
+    """{source: list of Pair} of the harmless rows in these files, those without a label among them, each source thinned to at most `most`, evenly."""
     by_source = {}
     for path in paths:
-        for pair in data.read(path)[0]:
+        for pair in data.read(path, unlabelled=0)[0]:
             if pair.label == 0:
                 by_source.setdefault(pair.source, []).append(pair)
     if not by_source:
-        raise DataError("calibrate: harmless must hold rows with label 0, got none.")
+        raise DataError("calibrate: harmless must hold harmless answers, got none.")
     return {source: data.spread(rows, most) for source, rows in by_source.items()}
 
 

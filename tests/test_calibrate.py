@@ -162,7 +162,7 @@ def test_a_folder_is_calibrated_for_pytorch(torch_detector, tmp_path, capsys, mo
     monkeypatch.setattr("protector.canaries.CANARIES", [(c["question"], c["answer"], c["label"]) for c in canaries_of(torch_detector)])
     torch_detector.save(tmp_path / "detector")
     harmless = tmp_path / "harmless.jsonl"
-    harmless.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": f"It is number {i}.", "label": 0}) + "\n" for i in range(60)))
+    harmless.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": f"It is number {i}.", **({"label": 0} if i % 2 else {})}) + "\n" for i in range(60)))
     for fpr in ("0.05", "0.2"):
         assert main(["calibrate", str(harmless), "--detector", str(tmp_path / "detector"), "--fpr", fpr, "--threads", "1"]) == 0
     capsys.readouterr()

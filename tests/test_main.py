@@ -71,6 +71,14 @@ def test_an_error_in_one_row_leaves_the_others_guarded(call):
     assert code == 3 and [json.loads(line)["action"] for line in out.splitlines()] == ["error", "rewrite", "pass"]
 
 
+def test_one_pair_as_arguments_never_waits_for_stdin(call):
+    """Regression: a question alone, or with an empty answer, read stdin."""
+    code, out, err = call(["guard", "--question", "q"], lines({"answer": SAFE}))
+    assert (code, out) == (2, "") and err.startswith("protector: --question must come with --answer, got it alone.")
+    code, out, _ = call(["guard", "--question", "q", "--answer", ""], lines({"answer": HARMFUL}))
+    assert code == 0 and json.loads(out)["answer"] == json.loads(out)["text"] == ""
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '"text"', "{}", '{"answer": 3}', '{"answer": null}', '{"answer": "a", "question": 3}'])
 def test_a_malformed_line_is_named_before_anything_is_scored(call, line):
     code, out, err = call(["guard"], lines({"answer": SAFE}) + "\n" + line + "\n")

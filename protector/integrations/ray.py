@@ -1,7 +1,8 @@
 """Ray: guard many answers on many machines, with one class for Ray Data and one function for files.
 
-    ray.data.read_parquet(IN).map_batches(GuardBatch, compute=ray.data.ActorPoolStrategy(size=8), num_cpus=1, batch_size=64,
-                                          fn_constructor_kwargs={"detector_options": {"n_threads": 1}}).write_parquet(OUT)
+    one_thread = {"n_threads": 1}
+    ray.data.read_parquet(IN).map_batches(GuardBatch, compute=ray.data.ActorPoolStrategy(size=8), num_cpus=1, batch_size=64, fn_constructor_kwargs={
+        "detector_options": one_thread, "detoxifier_options": one_thread}).write_parquet(OUT)
     guard_files(["answers.jsonl"], "guarded/", workers=8)      # goes on where it stopped
 
 A bad row gets action "error" and the refusal as its text, and the others their verdicts; guard_files says so, too, of a row that ends
