@@ -100,7 +100,7 @@ def _rows(config):
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("answer"), str) or not isinstance(row.get("question") or "", str):
             raise DataError(f'stdin, row {number}: must be a JSON object with "question" and "answer" strings.')
@@ -258,13 +258,14 @@ def main(argv=None):
 
             try:
                 module = importlib.import_module(f".{first}", __package__)
-            except ImportError as error:
+            except ModuleNotFoundError as error:
+                if error.name.partition(".")[0] == __package__:
+                    raise  # not a package that is missing, but a mistake of this one
                 print(f"protector: {name} needs the package {error.name}. Run: pip install '.[all]'", file=sys.stderr)
                 return USAGE
             config = getattr(module, second)
             add_options(subparser, config)
-            run = getattr(module, "run", None) or (lambda value: run_train(value))
-            commands[name] = (config, run, text)
+            commands[name] = (config, getattr(module, "run", run_train), text)
     arguments = parser.parse_args(argv)
     config, run, _ = commands[arguments.command]
     try:

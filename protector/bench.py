@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from .errors import ModelError
 from .evaluate import record
 from .guard import Protector
 from .llama import LlamaDetector, LlamaDetoxifier, _Weights, cpu_threads
+from .options import option
 from .stream import StreamGuard
 
 SETTLE_S = 0.05  # between two measurements: another engine's threads spin for some milliseconds after their work
@@ -46,13 +47,13 @@ _GROWS = {"compiled": "not tried: each step of a growing cache has another shape
 class BenchConfig:
     """Options of `protector bench`."""
 
-    out: str = field(default="", metadata={"help": "JSON file; results/bench.json, bench_sweep.json or bench_quick.json if empty"})
-    sweep: bool = field(default=False, metadata={"help": "depths, quantisations, LoRA merged or not, and threads, in place of the comparison"})
-    quick: bool = field(default=False, metadata={"help": "see whether it works; its numbers mean nothing"})
-    rounds: int = field(default=9, metadata={"help": "measurements of each number"})
-    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = all cores"})
-    detector: str = field(default="", metadata={"help": "adapter GGUF; the shipped one if empty"})
-    detoxifier: str = field(default="", metadata={"help": "adapter GGUF; the shipped one if empty"})
+    out: str = option("", "JSON file; results/bench.json, bench_sweep.json or bench_quick.json if empty")
+    sweep: bool = option(False, "depths, quantisations, LoRA merged or not, and threads, in place of the comparison")
+    quick: bool = option(False, "see whether it works; its numbers mean nothing")
+    rounds: int = option(9, "measurements of each number")
+    threads: int = option(0, "CPU threads; 0 = all cores")
+    detector: str = option("", "adapter GGUF; the shipped one if empty")
+    detoxifier: str = option("", "adapter GGUF; the shipped one if empty")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from protector import _native
 from protector.bench_rounds import busy, described, loaded, warn, watched
 from protector.evaluate import record
 from protector.head import harm_score, harm_score_ref
-from protector.options import parsed
+from protector.options import option, parsed
 
 BIAS, EPS = -0.3, 1e-5
 WIDTHS = (1, 8, 31, 64, 576, 1000, 4096, 4097)  # ugly ones among them: tails, unaligned rows, one warp or four
@@ -36,13 +36,15 @@ SCORE_TOLERANCE = 1e-6  # against float64 of the same rounded inputs
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    rounds: int = 15  # measurements of each function, in turns with the others; the median is reported
-    round_s: float = 0.2  # seconds each such measurement lasts
-    layers: int = 30  # blocks of the training step's backbone; 30 is SmolLM2-135M
-    rehearse: bool = False  # walk the GPU part on the CPU
-    check_only: bool = False  # correctness alone, as compute-sanitizer runs it
-    seed: int = 0
-    out: str = "results"  # folder of the JSON
+    """Options of `python -m protector.bench_head`."""
+
+    rounds: int = option(15, "measurements of each function, in turns with the others; the median is reported")
+    round_s: float = option(0.2, "seconds each such measurement lasts")
+    layers: int = option(30, "blocks of the training step's backbone; 30 is SmolLM2-135M")
+    rehearse: bool = option(False, "walk the GPU part on the CPU")
+    check_only: bool = option(False, "correctness alone, as compute-sanitizer runs it")
+    seed: int = option(0, "of the random rows and weights")
+    out: str = option("results", "folder of the JSON")
 
 
 def eager(hidden, weight, gain):
@@ -366,12 +368,8 @@ def machine():
             "built_with_cuda": _native.HAS_CUDA, "commit": record.commit()}
 
 
-def options_from(arguments):
-    return parsed(Options, "protector.bench_head", __doc__, arguments)
-
-
 def main(arguments=None):
-    options, meanwhile = options_from(arguments), watched()
+    options, meanwhile = parsed(Options, "protector.bench_head", __doc__, arguments), watched()
     torch.manual_seed(options.seed)
     if _native.LIBRARY is None:
         raise SystemExit("bench_head: protector/_kernels must be built, got none. Run `pip install -e .` with a C++ compiler.")

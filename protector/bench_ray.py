@@ -8,7 +8,7 @@ Rows are scored and never rewritten. Each call guards all of them; a ratio is th
 """
 import json
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +19,19 @@ from .bench_rounds import busy, described, load_before, warn
 from .evaluate import record
 from .integrations.ray import guard_files
 from .llama import cpu_threads
-from .options import parsed
+from .options import option, parsed
 
 
 @dataclass(frozen=True)
 class RayBenchConfig:
     """Options of `python -m protector.bench_ray`."""
 
-    out: str = field(default="results/ray.json", metadata={"help": "JSON file"})
-    rows: int = field(default=800, metadata={"help": "answers of this project's corpus"})
-    part: int = field(default=64, metadata={"help": "rows of one part"})
-    rounds: int = field(default=3, metadata={"help": "measurements of each number"})
-    workers: int = field(default=0, metadata={"help": "actors; 0 = one for each core"})
-    detector: str = field(default="", metadata={"help": "adapter GGUF; the shipped one if empty"})
+    out: str = option("results/ray.json", "JSON file")
+    rows: int = option(800, "answers of this project's corpus")
+    part: int = option(64, "rows of one part")
+    rounds: int = option(3, "measurements of each number")
+    workers: int = option(0, "actors; 0 = one for each core")
+    detector: str = option("", "adapter GGUF; the shipped one if empty")
 
 
 def run(config):

@@ -17,7 +17,7 @@ import sys
 import time
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from .engine import llama_cpp
 from .evaluate import record
 from .guard import Protector
 from .llama import _Weights, cpu_threads
-from .options import parsed
+from .options import option, parsed
 from .selftest import FILLER
 from .stream import STEP_TOKENS, StreamGuard
 
@@ -42,13 +42,13 @@ GROWTH_BYTES = 8 << 20  # what an allocator may keep; 840 bytes a stream of 10,0
 class StreamBenchConfig:
     """Options of `python -m protector.bench_stream`."""
 
-    out: str = field(default="", metadata={"help": "JSON file; results/stream.json or stream_quick.json if empty"})
-    quick: bool = field(default=False, metadata={"help": "see whether it works; its numbers mean nothing"})
-    rounds: int = field(default=7, metadata={"help": "measurements of each number"})
-    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = all cores"})
-    detector: str = field(default="", metadata={"help": "adapter GGUF; the shipped one if empty"})
-    quantisation: str = field(default="F16", metadata={"help": "of the detector's base: F32, F16, Q8_0, Q4_0, base"})
-    streams: int = field(default=10_000, metadata={"help": "short streams in a row"})
+    out: str = option("", "JSON file; results/stream.json or stream_quick.json if empty")
+    quick: bool = option(False, "see whether it works; its numbers mean nothing")
+    rounds: int = option(7, "measurements of each number")
+    threads: int = option(0, "CPU threads; 0 = all cores")
+    detector: str = option("", "adapter GGUF; the shipped one if empty")
+    quantisation: str = option("F16", "of the detector's base: F32, F16, Q8_0, Q4_0, base")
+    streams: int = option(10_000, "short streams in a row")
 
 
 @dataclass(frozen=True)

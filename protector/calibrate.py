@@ -35,6 +35,11 @@ class Calibration:
     model_sha256: str
     data_sha256: str
 
+    def __post_init__(self):
+        for name in ("threshold", "fpr", "confidence"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"Calibration: {name} must be a number, got {type(getattr(self, name)).__name__}. Calibrate again.")
+
 
 def most_above(n, fpr, confidence):
     """Largest k with P(Binomial(n, fpr) <= k) <= 1 - confidence, or -1 if n is too small for any.

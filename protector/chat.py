@@ -13,15 +13,16 @@ The texts of a whole answer share one deadline; in a stream each text has its ow
 Nothing here waits or does I/O: the server and the integrations run these functions in threads.
 """
 import json
+import logging
 import math
 import re
-import time
 from dataclasses import dataclass, field
 
 from .errors import ProtectorError
 from .guard import _checked
 from .stream import StreamGuard, _deadline
 
+logger = logging.getLogger("protector")
 ACTIONS = ("pass", "rewrite", "refuse", "error")  # from the mildest
 MAX_EVENT_BYTES = 1 << 20  # of one server-sent event
 MAX_CALLS = 128  # tool calls of one choice; all they say together has at most the guard's max_bytes
@@ -293,7 +294,10 @@ def _finish_reason(value):
 def _unreadable(protector):
     """The error policy for an answer that can't be read; raises if that is the policy. Nothing of the answer goes out."""
     rule = f"chat: an answer must have known parts only, and at most {MAX_CALLS} tool calls of max_bytes together; got another one."
-    protector._failed(("", "", ()), UpstreamError(rule), time.monotonic())
+    if protector.on_error == "raise":
+        raise UpstreamError(rule)
+    logger.error("guard failed: %s", rule)  # whatever the policy is, a refusal goes out
+    protector._count("error")
 
 
 def _worse(first, second):
@@ -632,9 +636,10 @@ class _Choice:
     def _show(self, channel, events):
         for event in events:
             verdict = event.verdict
+            is_unguarded = verdict is not None and verdict.action == "error" and self.protector.on_error == "pass"
             if verdict is None and not self.guard.done:
                 self._release(channel, event.text)
-            elif verdict is not None and verdict.action in ("pass", "error" if self.protector.on_error == "pass" else "pass"):
+            elif verdict is not None and (verdict.action == "pass" or is_unguarded):
                 self.action = _worse(self.action, verdict.action)
                 self.flagged, self.score = self.flagged or verdict.flagged, _larger(self.score, verdict.score)
                 self._release(channel, event.text)

@@ -35,12 +35,14 @@ def fit_temperature(config):
     """
     from .guard import Protector
 
-    guard = Protector(config.detector or None, False, threshold=0.5, on_error="raise", detector_options={"quantisation": "F16"})
     by_source = {}
     for pair in data.read(config.data)[0]:
         by_source.setdefault(pair.source, []).append(pair)
     parts = [data.spread(part, config.most) for part in by_source.values()]
     rows, weights = [row for part in parts for row in part], [1 / len(part) for part in parts for _ in part]
+    if len({row.label for row in rows}) < 2:
+        raise DataError("temperature: data must hold answers of both labels, got one or none. Add labelled answers.")
+    guard = Protector(config.detector or None, False, threshold=0.5, on_error="raise", detector_options={"quantisation": "F16"})
     scores = np.array([verdict.score for verdict in guard.guard_batch([(row.question, row.answer) for row in rows])])
     scores = scores.clip(1e-7, 1 - 1e-7)
     temperature = calibrate.fit_temperature(np.log(scores) - np.log1p(-scores), [row.label for row in rows], weights)

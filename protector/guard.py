@@ -22,6 +22,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 
 from . import calibrate
 from .base import WEIGHTS
@@ -37,8 +38,9 @@ _TOKEN_CHARS = 64  # of a question and of earlier turns, n tokens are looked for
 _ASK_S = 0.01  # between two looks at the deadline while the detoxifier loads
 REWRITE_BAR = 0.75  # of the threshold; by grades a stricter bar lets fewer harmful rewrites out, and fewer harmless ones (model card)
 _COPIED = 24  # half words in a row that a rewrite may not keep: most rewrites with such a run carry the harm on
+_SHORT = 24  # letters of an original that may stand whole in its rewrite: "Yes."
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai, Lao, Burmese, Khmer, kana, Han
-_UNITS = re.compile(f"([{_UNSPACED}])|[^{_UNSPACED}]+")
+_UNIT = re.compile(f"([{_UNSPACED}])|([^{_UNSPACED}]+)")  # a character of a script without spaces, or a word
 _MARK = re.compile(r"<\|\w{1,24}\|>|</?s>")  # a rewrite that spells one ended there
 
 
@@ -101,8 +103,8 @@ class Protector:
             raise ValueError(f"Protector: threshold must be between 0 and 1, got {threshold}.")
         if threshold is not None and fpr is not None:
             raise ValueError("Protector: threshold and fpr must not both be given. Give one.")
-        if rewrite_attempts < 0 or max_bytes < 1 or deadline_ms is not None and deadline_ms <= 0:
-            raise ValueError("Protector: rewrite_attempts must be >= 0, max_bytes >= 1 and deadline_ms > 0.")
+        if not (rewrite_attempts >= 0 and max_bytes >= 1 and (deadline_ms is None or deadline_ms > 0)):  # NaN is none of these
+            raise ValueError(f"Protector: rewrite_attempts must be >= 0, max_bytes >= 1 and deadline_ms > 0, got {rewrite_attempts}, {max_bytes} and {deadline_ms}.")
         if not 0 < rewrite_bar <= 1:
             raise ValueError(f"Protector: rewrite_bar must be above 0 and at most 1, got {rewrite_bar}.")
         if not isinstance(refusal, str) or not refusal.strip():
@@ -112,7 +114,7 @@ class Protector:
         self.counters, self._count_lock, self._load_lock = Counter(), threading.Lock(), threading.Lock()
         self.detector = _loaded("detector", WEIGHTS / "detector.gguf" if detector is None else detector, backend, detector_options or {})
         limits = self.detector.limits
-        self.window, self.overlap = window or limits.window, limits.overlap if overlap is None else overlap
+        self.window, self.overlap = limits.window if window is None else window, limits.overlap if overlap is None else overlap
         if not 0 <= self.overlap < self.window <= limits.window:
             raise ValueError(f"Protector: overlap < window <= {limits.window} must hold, got {self.overlap} and {self.window}.")
         self._detoxifier, self._detoxifier_source = None, WEIGHTS / "detoxifier.gguf" if detoxifier is None else detoxifier
@@ -202,12 +204,14 @@ class Protector:
         return await asyncio.to_thread(self.guard, q, a, history)
 
     def guard_batch(self, pairs):
-        """guard() for many answers, scored together; one bad item never fails the rest.
+        """guard() for many answers, scored together; one bad item never fails the rest, but under on_error="raise".
 
         Args:
             pairs: iterable of (question, answer).
         Returns:
             list of Verdict in the same order; an item of a wrong type or that fails gets the error policy's verdict.
+        Raises:
+            ProtectorError: an item failed, and on_error is "raise".
         """
         pairs, verdicts, together = list(pairs), {}, []  # together: (index, item, plan, seconds that it took)
         for i, pair in enumerate(pairs):
@@ -239,10 +243,8 @@ class Protector:
         """Score lists of sequences at once: for each what _logits returns, or the error that it ends in, and its share of the seconds."""
         start, results = time.monotonic(), []
         try:
-            found = self._logits([sequence for part in parts for sequence in part], None)
-            for part in parts:
-                results.append(found[:len(part)])
-                found = found[len(part):]
+            found = iter(self._logits([sequence for part in parts for sequence in part], None))
+            results = [list(islice(found, len(part))) for part in parts]
         except Exception:  # one item broke the batch: each on its own
             results = []
             for part in parts:
@@ -259,9 +261,7 @@ class Protector:
     def _plan(self, item, deadline, views=None):
         """Sequences, (ids, start of the answer), that cover it: its raw text and its normalised view, or the views that are given."""
         q, a, history = item
-        usage = {"model": getattr(self.detector, "path", None) and str(getattr(self.detector.path, "name", self.detector.path)),
-                 "backend": self.detector.name, "quantisation": self.detector.quantisation,
-                 "input": "pair" if q else "answer", "tokens": 0, "windows": 0, "views": 0, "looks": 0}
+        usage = self._usage(q)
         plan = {"usage": usage, "sequences": [], "windows": []}
         if views is None:  # of a text that was measured: a view may be longer
             _check_length(a, self.max_bytes)
@@ -282,6 +282,12 @@ class Protector:
                 plan["sequences"].append(self.detector.template.detector_sequence(question_ids, part, turns))
                 plan["windows"].append((answer_ids, span.start))
         return plan
+
+    def _usage(self, q):
+        """What the usage of each verdict begins with; of the model's file its name alone, not where it lies."""
+        path = getattr(self.detector, "path", None)
+        return {"model": path and Path(path).name, "backend": self.detector.name, "quantisation": self.detector.quantisation,
+                "input": "pair" if q else "answer", "tokens": 0, "windows": 0, "views": 0, "looks": 0}
 
     def _context(self, q, history):
         """(ids of the question's end, ids of the latest turns that fit the budget, what was left out)."""
@@ -320,8 +326,8 @@ class Protector:
 
     def _running(self, sequences, deadline):
         parts = self.detector.running_logits(*zip(*sequences), deadline) if sequences else []
-        if len(parts) != len(sequences):
-            raise ModelError(f"guard: detector must return logits of {len(sequences)} sequences, got {len(parts)}. Check its backend.")
+        if [len(part) for part in parts] != [len(ids) - start for ids, start in sequences] or not all(map(len, parts)):
+            raise ModelError("guard: detector must return a logit for each token of an answer, and there must be one, got another number. Check its backend.")
         for part in parts:
             for logit in part:
                 _finite(logit)
@@ -379,7 +385,7 @@ class Protector:
             usage["rewrite_attempts"] = attempt + 1
             usage["rewrite_tokens"] = usage.get("rewrite_tokens", 0) + n_tokens
             text = _MARK.split(text)[0].strip()
-            if not text or not finished or _loops(text) or _repeats(text, a):
+            if not text or not finished or _loops(text) or _repeats(text, a) or _repeats(text, rejected):  # which may be a view
                 continue
             last = self._score((q, text, history), deadline)[0]
             if last < self.rewrite_bar * threshold:
@@ -543,17 +549,26 @@ def _loops(text):
 
 
 def _half_words(text):
-    """Words up to case and signs, each twice: as itself and as "". Where no spaces part words, a character is half a word."""
-    words = ("".join(filter(str.isalnum, part)) for part in text.casefold().split())
-    return [half for word in words for unit in _UNITS.finditer(word) for half in ([unit[1]] if unit[1] else [unit[0], ""])]
+    """Half words up to case and signs: a word is two, itself and "", and a character of a script without spaces is one."""
+    halves = []
+    for part in text.casefold().split():
+        for character, word in _UNIT.findall("".join(filter(str.isalnum, part))):
+            halves += [character] if character else [word, ""]
+    return halves
+
+
+def _runs(halves):
+    """Each run of _COPIED half words."""
+    return (tuple(halves[i:i + _COPIED]) for i in range(len(halves) - _COPIED + 1))
 
 
 def _repeats(text, a):
-    """Whether a rewrite is the original, holds all of one that is longer than a few words, or keeps a long run of it, up to case and signs."""
+    """Whether a rewrite is the original, holds all of one that isn't short, or keeps twelve words of it in a row; up to case and signs."""
     halves, original = _half_words(text), _half_words(a)
-    text, a = "".join(halves), "".join(original)
-    runs = set(zip(*(halves[i:] for i in range(_COPIED))))
-    return text == a or len(a) > 24 and a in text or any(run in runs for run in zip(*(islice(original, i, None) for i in range(_COPIED))))
+    letters, original_letters = "".join(halves), "".join(original)
+    if letters == original_letters or len(original_letters) > _SHORT and original_letters in letters:
+        return True
+    return not set(_runs(halves)).isdisjoint(_runs(original))
 
 
 def _loaded(kind, source, backend, options):

@@ -212,7 +212,7 @@ class _Context:
             # differed by 8e-3 between a stream and the whole, and by 4e-4 without it.
             is_flash = in_tiles and not llama_cpp.llama_supports_gpu_offload()
             options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if is_flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.weights, self._lock, self._next, self.n_ctx, self.pid = weights, threading.RLock(), threading.Lock(), n_ctx, os.getpid()
+        self.weights, self._lock, self._next, self.n_ctx, self.pid = weights, threading.Lock(), threading.Lock(), n_ctx, os.getpid()
         self.pointer = llama_cpp.llama_init_from_model(weights.pointer, options)
         if not self.pointer:
             raise ModelError(f"load: llama.cpp must get memory for {n_ctx} tokens, got none ({'; '.join(_log_lines)}).")
@@ -399,7 +399,7 @@ class LlamaDetector:
                 deadline()
             part = entries[len(entries) * i // n:len(entries) * (i + 1) // n]
             context.decode(part)
-            hidden = [context.hidden(i) for i, entry in enumerate(part) if entry[3]]  # n of (d,)
+            hidden = [context.hidden(at) for at, entry in enumerate(part) if entry[3]]  # n of (d,)
             if hidden:
                 logits.extend(self._head(np.stack(hidden)))
         return logits
@@ -638,7 +638,7 @@ class _Cursor:
 
 
 class LlamaDetoxifier:
-    """The response detoxifier on llama.cpp; arguments as of LlamaDetector.
+    """The response detoxifier on llama.cpp; arguments as of LlamaDetector, without check, and Q8_0 by default.
 
     It runs on a copy of the base with its adapter merged, made at the first use: a prompt is read in two fifths of the time, and tokens
     come 7 % faster (results/bench_sweep.json). quantisation="base" applies the adapter at run time, without a copy on disk.

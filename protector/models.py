@@ -19,6 +19,7 @@ from torch import nn
 
 from . import gguf
 from .base import DEFAULT, base_path, cache_dir, file_sha256
+from .calibrate import Calibration
 from .canaries import check_canaries
 from .errors import ModelError
 from .head import harm_score
@@ -472,6 +473,8 @@ def _from_folder(folder):
     if calibration.exists():
         try:
             model.calibration = tuple(json.loads(calibration.read_text()))
+            for entry in model.calibration:
+                Calibration(**entry)
         except (TypeError, ValueError):
-            raise ModelError(f"load: {calibration} must be a JSON list, got something else. Calibrate again.") from None
+            raise ModelError(f"load: {calibration} must be a JSON list of calibrations, got something else. Calibrate again.") from None
     return model

@@ -36,7 +36,7 @@ def add_options(parser, config):
     for item in dataclasses.fields(config):
         hint, required = hints[item.name], item.default is dataclasses.MISSING
         many = typing.get_origin(hint) is tuple
-        options = {"help": item.metadata.get("help", ""), "type": typing.get_args(hint)[0] if many else hint}
+        options = {"help": item.metadata.get("help", "").replace("%", "%%"), "type": typing.get_args(hint)[0] if many else hint}
         if hint is bool:
             options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
         if many:

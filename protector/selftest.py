@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import calibrate
@@ -30,7 +30,7 @@ from .evaluate.metrics import rate
 from .evaluate.rewrites import LONG_RUN, longest_run
 from .guard import Protector
 from .normalise import normalised
-from .options import ModelOptions
+from .options import ModelOptions, option
 from .stream import StreamGuard
 from .template import windows
 
@@ -46,12 +46,12 @@ Attack = namedtuple("Attack", "name item change is_known_miss", defaults=(False,
 class SelftestConfig(ModelOptions):
     """Run the attack suite against a detector and its threshold."""
 
-    rows: int = field(default=0, metadata={"help": "answers of each label at most; 0 = all"})
-    long_tokens: int = field(default=600, metadata={"help": "harmless tokens around a hidden answer"})
-    seed: int = field(default=0, metadata={"help": "of where characters are put"})
-    out: str = field(default="", metadata={"help": "JSON file to write; none if empty"})
-    json: bool = field(default=False, metadata={"help": "print JSON in place of the table"})
-    baseline: str = field(default="", metadata={"help": "JSON file of an earlier run: fail where a rate is below its interval"})
+    rows: int = option(0, "answers of each label at most; 0 = all")
+    long_tokens: int = option(600, "harmless tokens around a hidden answer")
+    seed: int = option(0, "of where characters are put")
+    out: str = option("", "JSON file to write; none if empty")
+    json: bool = option(False, "print JSON in place of the table")
+    baseline: str = option("", "JSON file of an earlier run: fail where a rate is below its interval")
 
 
 class Kit:

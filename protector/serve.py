@@ -145,17 +145,14 @@ def _labels(pairs):
 
 
 def check_detector(protector):
-    """Score the detector's canaries, or, where it carries none, one harmless sentence.
+    """Score the detector's canaries.
 
     Raises:
         ModelError: the scores aren't what they were at export, or aren't numbers.
     """
-    if getattr(protector.detector, "metadata", None) is not None:
-        from .canaries import check_canaries
+    from .canaries import check_canaries
 
-        check_canaries(protector.detector)
-    else:
-        protector.score("", "Water boils at a lower temperature on a mountain.")
+    check_canaries(protector.detector)
 
 
 class Server:
@@ -251,7 +248,7 @@ class Server:
         if request.stream:
             return lambda scope, receive, send: self._stream_chat(request, body, sent, scope, receive, send)
         async with self._upstream(body, sent) as response:
-            answer = b""
+            answer = bytearray()
             async for part in response.aiter_bytes():
                 answer += part
                 if len(answer) > MAX_ANSWER_BYTES:

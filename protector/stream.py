@@ -1,4 +1,4 @@
-"""Guard an answer while it is written: text is shown only after it was scored, and each token is scored once.
+"""Guard an answer while it is written: text is shown only after it was scored, and each token of a window is scored once.
 
     chunks --> text --> tokens up to a safe cut --> growing KV cache --> running score s_t --> release, or alarm
 
@@ -31,8 +31,8 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from .errors import DeadlineExceeded
-from .guard import Verdict, _check_length, _checked, _describe, _finite, _sigmoid, _TooLong
+from .errors import DeadlineExceeded, ModelError
+from .guard import Verdict, _check_length, _checked, _describe, _finite, _sigmoid, _TooLong, _views
 from .normalise import normalised
 from .running import LOOK_BACK, LOOK_MARGIN, Running
 from .template import well_formed
@@ -121,6 +121,7 @@ class StreamGuard:
         self._look_cursor, self._n_looks = None, 0
         self._best, self._view = 0.0, 0.0  # scores: of finished windows and looks; of parts of the view, less their margin
         self._n_fragments, self._fragment_tokens, self._view_usage = 0, 0, {}  # the latter: of the whole view
+        self._view_window = None  # of the view, or the part of it, that was flagged
         self._is_flagged, self._unguarded = False, None  # the error's verdict once on_error="pass" lets everything through
         self._start_s, self._deadline = time.monotonic(), _deadline(protector, check)
         self._cursor, self._lock, self._is_closing = None, threading.RLock(), False
@@ -161,7 +162,7 @@ class StreamGuard:
 
     def time_left_s(self):
         """Seconds until the deadline, or None."""
-        is_free = self.protector.deadline_ms is None or self._unguarded is not None
+        is_free = self.done or self.protector.deadline_ms is None or self._unguarded is not None
         return None if is_free else self._start_s + self.protector.deadline_ms / 1e3 - time.monotonic()
 
     def _step(self, work):
@@ -220,12 +221,12 @@ class StreamGuard:
             return self._pass(0.0, flagged=False)
         self._wait("".join(self._pending))
         self._feed_waiting()
+        if not self._ids and not self._is_closing:
+            raise ModelError("stream: answer must have tokens, got none. Use another tokeniser.")
         score = max(self._whole, self._alarm)
         if self._refuses(score):
             return self._flag(score)
-        raw = well_formed(text)
-        view = normalised(raw)
-        if view != raw and view.strip():
+        for view in _views(well_formed(text))[1:]:
             view_score, self._view_usage = self._score_view(view)
             score = max(score, view_score)
         return self._flag(score) if self._refuses(score) else self._pass(score, score >= self.threshold)
@@ -308,7 +309,13 @@ class StreamGuard:
             n_again = 0 if self._main.values else len(self._ids) - self._window_start  # of the overlap
             self._ids += part  # before an alarm: the rewrite may see them
             part = self._ids[len(self._ids) - len(part) - n_again:]
-            self._take(part, self._cursor.feed(part, self._check))
+            self._take(part, self._logits(self._cursor, part))
+
+    def _logits(self, cursor, ids):
+        logits = cursor.feed(ids, self._check)
+        if len(logits) != len(ids):
+            raise ModelError(f"stream: detector must return {len(ids)} logits, got {len(logits)}. Check its backend.")
+        return logits
 
     def _take(self, ids, logits):
         """Read the logits of these ids of the window; what follows a rise is scored in a look, too."""
@@ -327,7 +334,7 @@ class StreamGuard:
 
     def _feed_look(self, ids):
         if self._look is not None and ids:
-            for logit in self._look_cursor.feed(ids, self._check):
+            for logit in self._logits(self._look_cursor, ids):
                 self._look.push(_finite(logit))
 
     def _end_look(self):
@@ -355,7 +362,10 @@ class StreamGuard:
 
     def _score_view(self, view):
         """(score, usage) of the whole normalised view or a part of it."""
-        return self.protector._score((self.q, view, self.history), self._check, views=(view,))[:2]
+        score, usage, window = self.protector._score((self.q, view, self.history), self._check, views=(view,))
+        if self._refuses(score):
+            self._view_window = window
+        return score, usage
 
     def _release(self):
         if self._refuses(self._scored(lambda running: running.last)):
@@ -370,9 +380,10 @@ class StreamGuard:
     def _flag(self, score):
         """Nothing more of the answer leaves: the rewrite or the refusal ends the stream."""
         self._is_flagged = True
-        item = (self.q, self.text[:self._n_fed], self.history)
-        verdict = self.protector._decide(item, max(score, self.threshold), self._usage(), (self._ids, self._window_start),
-                                         self._check, self._start_s)
+        item, window = (self.q, self.text[:self._n_fed], self.history), (self._ids, self._window_start)
+        if self._view_window and max(self._whole, self._scored(lambda running: running.peak)) < self.threshold:
+            window = self._view_window  # what is flagged is read in the view alone, and that is rewritten
+        verdict = self.protector._decide(item, max(score, self.threshold), self._usage(), window, self._check, self._start_s)
         return self._end(Event(self._separator + verdict.text, verdict))
 
     def _pass(self, score, flagged):
@@ -408,7 +419,7 @@ class StreamGuard:
         return "\n\n" if self.released else ""
 
     def _usage(self):
-        usage, view, n = self.protector._plan((self.q, "", ()), None)["usage"], self._view_usage, self._n_fragments
+        usage, view, n = self.protector._usage(self.q), self._view_usage, self._n_fragments
         usage |= {"tokens": len(self._ids), "windows": self._n_windows if self._ids else 0, "views": bool(self._ids) + bool(view),
                   "looks": self._n_looks + view.get("looks", 0), "shown_chars": self.released, **self._dropped}
         usage |= {"view_" + key: view[key] for key in ("tokens", "windows") if view}
@@ -457,31 +468,33 @@ def _events(state, chunks):
 def astream(protector, q, chunks, history=None, hold=8):
     """stream() for an async iterator of chunks; scoring runs in a thread, so the event loop goes on.
 
-    A deadline also ends the wait for a chunk that never comes.
+    A deadline also ends the wait for a chunk that never comes; under on_error="pass" the guard is out of the way then, and waits on.
     """
     return _async_events(StreamGuard(protector, q, history, hold), chunks)
 
 
 async def _async_events(state, chunks):
-    upstream = chunks.__aiter__()
+    upstream, coming = chunks.__aiter__(), None
     try:
         while not state.done:
             left_s = state.time_left_s()
-            try:
-                chunk = await asyncio.wait_for(upstream.__anext__(), left_s)
-            except StopAsyncIteration:
-                break
-            except asyncio.TimeoutError:
-                if left_s is None or state.time_left_s() > 0:
-                    raise  # the upstream's own
-                step = state.expire
+            if coming is None:
+                coming = upstream.__anext__() if left_s is None else asyncio.ensure_future(upstream.__anext__())
+            if left_s is not None and not (await asyncio.wait([coming], timeout=left_s))[0]:
+                step = state.expire  # the chunk isn't given up: where errors pass, it and the rest still go out
             else:
-                step = partial(state.push, chunk)
+                try:
+                    step, coming = partial(state.push, await coming), None
+                except StopAsyncIteration:
+                    break
             for event in await asyncio.to_thread(step):
                 yield event
         for event in await asyncio.to_thread(state.finish):
             yield event
     finally:
+        if isinstance(coming, asyncio.Future):  # a generator that runs can't be closed
+            coming.cancel()
+            await asyncio.wait([coming])
         await asyncio.to_thread(state.close)
         for source in (upstream, chunks):
             close = getattr(source, "aclose", None) or getattr(source, "close", None)

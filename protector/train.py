@@ -27,6 +27,7 @@ from .evaluate import record
 from .errors import DataError, ModelError
 from .losses import IGNORE
 from .models import KINDS, ModelConfig, build
+from .options import option
 from .template import Limits, windows
 
 HARMLESS = 0.2  # a target below it is of harmless text, fit to stand before another answer
@@ -38,36 +39,36 @@ class TrainConfig:
     """Options of `protector train`; each is a flag of the command line."""
 
     kind: str = field(metadata={"help": "detector or detoxifier"})
-    data: tuple[str, ...] = field(default=("own",), metadata={"help": "files, pyrit wheel, own, or hub:OWNER/NAME"})
-    out: str = field(default="runs/model", metadata={"help": "folder for weights, checkpoint and run.json"})
-    backbone: str = field(default="default", metadata={"help": "default, or a Hugging Face causal LM"})
-    depth: int = field(default=0, metadata={"help": "blocks that a detector keeps; 0 = all"})
-    rank: int = field(default=16, metadata={"help": "LoRA rank; 0 = full fine-tuning"})
-    alpha: float = field(default=32.0, metadata={"help": "LoRA alpha; the scale is alpha / rank"})
-    lr: float = field(default=5e-4, metadata={"help": "peak learning rate"})
-    warmup: float = field(default=0.03, metadata={"help": "share of the run in which the rate rises"})
-    batch_tokens: int = field(default=2048, metadata={"help": "tokens in one global batch, padding included"})
-    epochs: float = field(default=1.0, metadata={"help": "passes over the data"})
-    minutes: float = field(default=0.0, metadata={"help": "time budget; 0 = none. The rate falls to 0 at its end"})
-    prefix_weight: float = field(default=0.3, metadata={"help": "share of the all-prefix loss (detector)"})
-    answer_only: float = field(default=0.15, metadata={"help": "share of rows shown without their question (detector)"})
-    augment: float = field(default=0.0, metadata={"help": "share of rows wrapped or obfuscated (detector); augment.py"})
-    dilute: float = field(default=0.0, metadata={"help": "share of rows put among harmless answers of other rows (detector)"})
-    balance: float = field(default=0.5, metadata={"help": "0 = rows as they are, 1 = one share per question"})
-    source_weights: tuple[str, ...] = field(default=(), metadata={"help": "SOURCE=factor of how often rows are drawn"})
-    loss_weights: tuple[str, ...] = field(default=(), metadata={"help": "SOURCE=factor in the loss, for weak labels (detector)"})
-    exclude: tuple[str, ...] = field(default=(), metadata={"help": "files whose questions and answers are left out"})
-    refusal_cap: float = field(default=0.2, metadata={"help": "largest share of stock refusals among accepted answers"})
-    rewrite_tokens: int = field(default=160, metadata={"help": "longest accepted answer (detoxifier)"})
-    replies: bool = field(default=False, metadata={"help": "answer the public sets' questions with this project's own accepted answers"})
-    plain: bool = field(default=False, metadata={"help": "of these answers the plain ones, which all of the corpus's questions have, too"})
-    grades: bool = field(default=False, metadata={"help": "this project's grades as labels where it graded the public sets' answers (detector)"})
-    init: str = field(default="", metadata={"help": "folder of trained weights to start from; of fewer blocks too, the head then starts anew"})
-    seed: int = field(default=0, metadata={"help": "of data order and initialisation"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the blocks: some minutes before the first step, faster ones then"})
-    checkpoint_s: float = field(default=120.0, metadata={"help": "seconds between checkpoints"})
-    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = as many as cores"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda"})
+    data: tuple[str, ...] = option(("own",), "files, pyrit wheel, own, or hub:OWNER/NAME")
+    out: str = option("runs/model", "folder for weights, checkpoint and run.json")
+    backbone: str = option("default", "default, or a Hugging Face causal LM")
+    depth: int = option(0, "blocks that a detector keeps; 0 = all")
+    rank: int = option(16, "LoRA rank; 0 = full fine-tuning")
+    alpha: float = option(32.0, "LoRA alpha; the scale is alpha / rank")
+    lr: float = option(5e-4, "peak learning rate")
+    warmup: float = option(0.03, "share of the run in which the rate rises")
+    batch_tokens: int = option(2048, "tokens in one global batch, padding included")
+    epochs: float = option(1.0, "passes over the data")
+    minutes: float = option(0.0, "time budget; 0 = none. The rate falls to 0 at its end")
+    prefix_weight: float = option(0.3, "share of the all-prefix loss (detector)")
+    answer_only: float = option(0.15, "share of rows shown without their question (detector)")
+    augment: float = option(0.0, "share of rows wrapped or obfuscated (detector); augment.py")
+    dilute: float = option(0.0, "share of rows put among harmless answers of other rows (detector)")
+    balance: float = option(0.5, "0 = rows as they are, 1 = one share per question")
+    source_weights: tuple[str, ...] = option((), "SOURCE=factor of how often rows are drawn")
+    loss_weights: tuple[str, ...] = option((), "SOURCE=factor in the loss, for weak labels (detector)")
+    exclude: tuple[str, ...] = option((), "files whose questions and answers are left out")
+    refusal_cap: float = option(0.2, "largest share of stock refusals among accepted answers")
+    rewrite_tokens: int = option(160, "longest accepted answer (detoxifier)")
+    replies: bool = option(False, "answer the public sets' questions with this project's own accepted answers")
+    plain: bool = option(False, "of these answers the plain ones, which all of the corpus's questions have, too")
+    grades: bool = option(False, "this project's grades as labels where it graded the public sets' answers (detector)")
+    init: str = option("", "folder of trained weights to start from; of fewer blocks too, the head then starts anew")
+    seed: int = option(0, "of data order and initialisation")
+    compile: bool = option(False, "torch.compile the blocks: some minutes before the first step, faster ones then")
+    checkpoint_s: float = option(120.0, "seconds between checkpoints")
+    threads: int = option(0, "CPU threads; 0 = as many as cores")
+    device: str = option("auto", "auto, cpu, cuda")
 
 
 def bf16_is_faster(device):
@@ -256,7 +257,7 @@ def train(config, progress=True):
     Returns:
         the trained model, in eval mode.
     Raises:
-        DataError: no usable rows. ModelError: a checkpoint of another configuration. ValueError: a bad option.
+        DataError: no usable rows. ModelError: a checkpoint of another configuration, or a file that is none. ValueError: a bad option.
     """
     _check(config)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -317,22 +318,7 @@ def train(config, progress=True):
         for options in optimizer.param_groups:
             options["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        loss, norm = torch.zeros((), device=device), _norm(groups, config.kind)
-        for group in groups:
-            mine = group[rank::world]
-            if mine:
-                # A row alone would be compiled anew; twice, it has the same mean.
-                run_rows = mine * 2 if config.compile and len(mine) == 1 else mine
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    part = model.loss(collate(run_rows, config.kind, device), config.prefix_weight)
-                part = part * (_norm([mine], config.kind) / norm)
-                part.backward()
-                loss += part.detach()
-        if world > 1:
-            for value in trained:
-                value.grad = torch.zeros_like(value) if value.grad is None else value.grad
-                dist.all_reduce(value.grad)
-            dist.all_reduce(loss)
+        loss = _backward(model, groups, config, rank, world, bf16)
         gradient_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         step += 1
         value = loss.item()
@@ -364,12 +350,51 @@ def train(config, progress=True):
     return model.eval()
 
 
+def _backward(model, groups, config, rank, world, bf16):
+    """Gradients of one global batch, and its loss: L = sum_g (norm_g / norm) L_g over groups and ranks."""
+    device, norm = model.device, _norm(groups, config.kind)
+    loss = torch.zeros((), device=device)
+    for group in groups:
+        mine = group[rank::world]
+        if mine:
+            # A row alone would be compiled anew; twice, it has the same mean.
+            run_rows = mine * 2 if config.compile and len(mine) == 1 else mine
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                part = model.loss(collate(run_rows, config.kind, device), config.prefix_weight)
+            part = part * (_norm([mine], config.kind) / norm)
+            part.backward()
+            loss += part.detach()
+    if world > 1:
+        for value in model.trained().values():
+            value.grad = torch.zeros_like(value) if value.grad is None else value.grad
+            dist.all_reduce(value.grad)
+        dist.all_reduce(loss)
+    return loss
+
+
 def optimizer_of(weights, config):
+    """AdamW without weight decay, for every trained weight alike.
+
+    Args:
+        weights: list of tensors with requires_grad. config: TrainConfig, of which lr counts; rate_at sets the rate of each step.
+    Returns:
+        torch.optim.AdamW.
+    """
     return torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 def rate_at(share, config):
-    """Learning rate when this share of a run is done: it rises over warmup, falls to 0 at the end, and is never 0."""
+    """Learning rate when this share of a run is done: it rises over warmup, falls to 0 at the end, and is never 0.
+
+        rate = lr max( min(1, share / warmup) (1 - share), 0.001 )
+
+    Args:
+        share: of the steps or of the time, in [0, 1]. config: TrainConfig, of which lr and warmup count.
+    Returns:
+        float.
+    Example:
+        rate_at(0.5, TrainConfig("detector", lr=5e-4))  # 0.00025
+    """
     return max(config.lr * min(1.0, share / config.warmup if config.warmup else 1.0) * (1 - share), config.lr * 1e-3)
 
 
@@ -430,6 +455,8 @@ def _resume(out, config, fingerprint, model, optimizer):
         state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: a checkpoint can't run code
     except Exception as error:  # a parser of whatever the file holds: any error of its is the file's
         raise ModelError(f"train: {path} must be a whole checkpoint, got {type(error).__name__}. Delete it to start anew.") from None
+    if not isinstance(state, dict) or "config" not in state:
+        raise ModelError(f"train: {path} must be a checkpoint of protector train, got another file of PyTorch. Move it or change --out.")
     if (state["config"], state.get("fingerprint")) != (_identity(config), fingerprint):
         raise ModelError(f"train: {path} must be of this configuration and these rows, got others. Delete it or change --out.")
     with torch.no_grad():

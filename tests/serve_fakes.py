@@ -55,7 +55,7 @@ class FakeDetector:
         return self.tokenizer.decode(ids[start:])
 
     def running_logits(self, sequences, starts, deadline=None):
-        return [np.array([logit]) for logit in self.logits(sequences, deadline)]  # of the last position alone
+        return [np.full(len(ids) - start, logit) for ids, start, logit in zip(sequences, starts, self.logits(sequences, deadline))]
 
     def logits(self, sequences, deadline=None):
         self._step()

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
@@ -35,6 +36,16 @@ def test_no_target_is_met_without_a_word_beside_other_work(tmp_path, monkeypatch
         assert (result["load_before"], result["busy"]) == (load, ["training, rounds_us, step"])
         told = capsys.readouterr().err
         assert "bench_head: training, rounds_us, step spread over more than 10 %." in told and ("the load average before" in told) == is_busy
+
+
+def test_every_option_has_a_help(capsys):
+    pytest.importorskip("torch", reason="bench_head measures torch")
+    from protector import bench_head
+
+    assert all(item.metadata.get("help") for item in fields(bench_head.Options))
+    with pytest.raises(SystemExit) as ended:
+        bench_head.main(["--help"])
+    assert ended.value.code == 0 and "walk the GPU part on the CPU (default: False)" in capsys.readouterr().out
 
 
 def test_the_kernel_is_proven_without_llama_cpp():

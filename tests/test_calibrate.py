@@ -87,6 +87,17 @@ def detector():
     return FakeDetector(real_tokenizer())
 
 
+@pytest.mark.parametrize("entries", ['[1]', '[{"fpr": 0.01}]', "as text"])
+def test_a_calibration_of_wrong_types_does_not_load(torch_detector, detector, tmp_path, entries):
+    from protector import models
+
+    torch_detector.save(tmp_path)
+    wrong = json.dumps([entry(detector) | {"fpr": "0.01"}]) if entries == "as text" else entries
+    (tmp_path / "calibration.json").write_text(wrong)
+    with pytest.raises(ModelError, match="must be a JSON list of calibrations"):
+        models.load(tmp_path)
+
+
 def test_a_calibration_holds_on_every_source(detector):
     made = calibrate(detector, {"easy": [0.1] * 300, "hard": [0.6] * 300}, "pair", "1" * 64)
     assert made == Calibration(float(np.nextafter(0.6, 2)) + 1e-3, 0.01, 0.95, 600, 0, "pair", "fake", "F32", "0" * 64, "1" * 64)

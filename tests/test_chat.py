@@ -269,6 +269,14 @@ def test_17_the_tool_calls_of_an_answer_are_bounded():
     assert protector.detector.n_scored == n_scored
 
 
+def test_32_what_is_refused_is_not_called_unguarded(caplog):
+    """Regression: under on_error="pass" the log and the counters said that an unguarded answer went out."""
+    protector = Protector(FakeDetector(), False, threshold=0.5, on_error="pass")
+    guarded, action = guard_completion(protector, ChatRequest("q"), completion({"role": "assistant", "content": SAFE, "thoughts": SAFE}))
+    assert action == "error" and guarded["choices"][0]["message"]["content"] == protector.refusal
+    assert dict(protector.counters) == {"error": 1} and "unguarded" not in caplog.text
+
+
 def test_19_the_texts_of_an_answer_share_a_deadline():
     """Each text takes 60 ms of 150 ms: the third one is too late, though none is slow."""
     protector = Protector(FakeDetector(), False, threshold=0.5, deadline_ms=150)

@@ -68,6 +68,13 @@ def test_a_long_answer_counts_by_its_most_harmful_window(torch_detector):
     assert np.allclose(last_logits(torch_detector, [short, long])[1], max(alone), atol=1e-4 if not compare.bf16_is_faster(torch.device("cpu")) else 0.05)
 
 
+def test_help(capsys):
+    """Regression: argparse formats a help text with %, and a bare one in it was a ValueError."""
+    with pytest.raises(SystemExit) as ended:
+        compare.main(["--help"])
+    assert ended.value.code == 0 and "--harmless" in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared(folders, measure, torch_detoxifier, tmp_path):
     with pytest.raises(ValueError, match="harmful and harmless answers, got none"):
         compare.run(CompareConfig(tuple(folders), (measure,), sources=("absent",), out=str(tmp_path)))

@@ -1,14 +1,16 @@
 """The algorithm: what comes back, when it was rewritten, and who answers after an error."""
 import asyncio
+import base64
 import logging
 import math
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from guard_fakes import SMALL, FakeDetector, FakeDetoxifier, real_tokenizer
+from guard_fakes import SMALL, FakeCursor, FakeDetector, FakeDetoxifier, real_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,6 +124,14 @@ def test_m46_m47_emptiness_loops_marks_and_the_original_end_in_the_refusal(ids, 
 
     detector.change = only_the_first
     assert p.guard(Q, HARMFUL).text == REFUSAL
+
+
+def test_m46_a_rewrite_that_copies_what_was_read_in_a_view_is_refused(ids):
+    """Regression: it was compared with the answer as it came, of which it keeps nothing."""
+    run = "one two three four five six seven eight nine ten eleven twelve"
+    payload = base64.b64encode(f"vinegar and {run}".encode()).decode()
+    for text, action in ((f"No: {run}.", "refuse"), (f"No: {run[:-7]}.", "rewrite")):
+        assert make(ids, text, threshold=0.99)[0].guard(Q, payload).action == action
 
 
 def test_m47_a_mark_ends_a_rewrite(ids):
@@ -367,6 +377,32 @@ def test_m56_threads_get_their_own_verdicts(ids):
     assert wrong == [] and p.counters["pass"] == p.counters["rewrite"] == 80
 
 
+@pytest.mark.parametrize("n_missing", [1, 100])
+def test_m02_a_backend_that_leaves_out_logits_lets_nothing_through(ids, n_missing, monkeypatch):
+    """Regression: numbers of sequences were compared, not of tokens, and a stream compared nothing: what had none passed with 0.0."""
+    whole, fed, long = FakeDetector.running_logits, FakeCursor.feed, SAFE * 8
+    monkeypatch.setattr(FakeDetector, "running_logits", lambda *args: [part[:-n_missing] for part in whole(*args)])
+    monkeypatch.setattr(FakeCursor, "feed", lambda *args: fed(*args)[:-n_missing])
+    p = make(ids)[0]
+    for v in (p.guard(Q, long), *p.guard_batch([(Q, long)]), list(p.stream(Q, [long]))[-1].verdict):
+        assert v.action == "error" and v.error.startswith("ModelError")
+
+
+def test_m02_words_without_tokens_are_an_error(ids, monkeypatch):
+    p = make(ids)[0]
+    encode = p.detector.template.encode
+    monkeypatch.setattr(p.detector.template, "encode", lambda text: [] if "soap" in text else encode(text))
+    for v in (p.guard(Q, "soap"), list(p.stream(Q, ["soap"]))[-1].verdict):
+        assert v.action == "error" and v.error.startswith("ModelError")
+
+
+@pytest.mark.parametrize("path", ["/srv/own/detector.gguf", Path("/srv/own/detector.gguf")])
+def test_usage_names_the_file_and_not_where_it_lies(ids, path):
+    p, detector, _ = make(ids)
+    detector.path = path
+    assert p.guard(Q, SAFE).usage["model"] == list(p.stream(Q, [SAFE]))[-1].verdict.usage["model"] == "detector.gguf"
+
+
 # -- options and results
 
 @pytest.mark.parametrize("options, message", [
@@ -377,7 +413,10 @@ def test_m56_threads_get_their_own_verdicts(ids):
     ({"on_error": "ignore"}, "Protector: on_error must be one of refuse, raise, pass, got 'ignore'."),
     ({"backend": "onnx"}, "Protector: backend must be one of auto, llama.cpp, torch, got 'onnx'."),
     ({"refusal": " "}, "Protector: refusal must be a sentence, got nothing."),
-    ({"deadline_ms": 0}, "Protector: rewrite_attempts must be >= 0, max_bytes >= 1 and deadline_ms > 0."),
+    ({"deadline_ms": 0}, "Protector: rewrite_attempts must be >= 0, max_bytes >= 1 and deadline_ms > 0, got 2, 262144 and 0."),
+    ({"deadline_ms": math.nan}, "Protector: rewrite_attempts must be >= 0, max_bytes >= 1 and deadline_ms > 0, got 2, 262144 and nan."),
+    ({"max_bytes": math.nan}, "Protector: rewrite_attempts must be >= 0, max_bytes >= 1 and deadline_ms > 0, got 2, nan and None."),
+    ({"window": 0}, "Protector: overlap < window <= 24 must hold, got 8 and 0."),
     ({"window": 25}, "Protector: overlap < window <= 24 must hold, got 8 and 25."),
     ({"window": 8}, "Protector: overlap < window <= 24 must hold, got 8 and 8."),
 ])

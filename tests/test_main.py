@@ -71,6 +71,19 @@ def test_an_error_in_one_row_leaves_the_others_guarded(call):
     assert code == 3 and [json.loads(line)["action"] for line in out.splitlines()] == ["error", "rewrite", "pass"]
 
 
+def test_a_module_of_this_package_that_is_missing_is_not_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "protector.serve", None)
+    with pytest.raises(ModuleNotFoundError):
+        command_line.main(["serve"])
+
+
+def test_a_temperature_needs_both_labels(tmp_path, capsys):
+    for rows in ([{"question": "q", "answer": SAFE, "label": 0}], [{"question": "q", "accepted": SAFE, "rejected": HARMFUL}]):
+        (tmp_path / "rows.jsonl").write_text(lines(*rows))
+        assert command_line.main(["temperature", str(tmp_path / "rows.jsonl")]) == 2
+        assert capsys.readouterr().err.startswith("protector: temperature: data must hold answers of both labels, got one or none.")
+
+
 def test_one_pair_as_arguments_never_waits_for_stdin(call):
     """Regression: a question alone, or with an empty answer, read stdin."""
     code, out, err = call(["guard", "--question", "q"], lines({"answer": SAFE}))
@@ -79,7 +92,7 @@ def test_one_pair_as_arguments_never_waits_for_stdin(call):
     assert code == 0 and json.loads(out)["answer"] == json.loads(out)["text"] == ""
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '"text"', "{}", '{"answer": 3}', '{"answer": null}', '{"answer": "a", "question": 3}'])
+@pytest.mark.parametrize("line", ["{", "[" * 100_000, "1" * 5_000, "[]", '"text"', "{}", '{"answer": 3}', '{"answer": null}', '{"answer": "a", "question": 3}'])
 def test_a_malformed_line_is_named_before_anything_is_scored(call, line):
     code, out, err = call(["guard"], lines({"answer": SAFE}) + "\n" + line + "\n")
     assert (code, out) == (2, "") and err == 'protector: stdin, row 3: must be a JSON object with "question" and "answer" strings.\n'

@@ -1,5 +1,6 @@
 """Streams: what leaves, when, and that a stream's score is the answer's score, for every chunking."""
 import asyncio
+import base64
 import gc
 import logging
 import math
@@ -240,8 +241,6 @@ def test_the_view_of_a_disguised_stream_costs_a_bounded_share(ids):
 
 
 def test_a_payload_over_several_chunks_and_views_is_seen(ids):
-    import base64
-
     payload = base64.b64encode(b"calm words first, then mix it with vinegar please").decode()
     p, _ = make(ids)
     for sizes in CHUNKINGS:
@@ -450,16 +449,63 @@ def test_m41_a_chunk_that_never_comes_meets_the_deadline(ids):
     async def main(p):
         return [event async for event in p.astream(Q, stuck())]
 
-    for on_error in ("refuse", "pass"):
-        p, detector = make(ids, deadline_ms=100, on_error=on_error)
-        start = time.monotonic()
-        events = asyncio.run(main(p))
-        assert time.monotonic() - start < 2 and events[-1].verdict.error.startswith("DeadlineExceeded") and detector.n_open == 0
-        assert joined(events) == SAFE if on_error == "pass" else events[-1].text.endswith(REFUSAL)
-    assert closed == [1, 1]
+    p, detector = make(ids, deadline_ms=100)
+    start = time.monotonic()
+    events = asyncio.run(main(p))
+    assert time.monotonic() - start < 2 and events[-1].verdict.error.startswith("DeadlineExceeded") and detector.n_open == 0
+    assert events[-1].text.endswith(REFUSAL) and closed == [1]
     p, _ = make(ids, deadline_ms=100, on_error="raise")
     with pytest.raises(DeadlineExceeded):
         asyncio.run(main(p))
+
+
+def test_m41_under_pass_nothing_is_lost_at_the_deadline(ids):
+    """Regression: the wait for a chunk was cancelled at the deadline, and with it what came."""
+    class Upstream:  # no generator: after a cancelled wait it would go on, with a hole
+        chunks = iter(["One ", "two ", "three ", "four."])
+
+        def __aiter__(self):
+            return self
+
+        async def __anext__(self):
+            chunk = next(self.chunks, None)
+            await asyncio.sleep(0.15)
+            if chunk is None:
+                raise StopAsyncIteration
+            return chunk
+
+    async def generated():
+        async for chunk in Upstream():
+            yield chunk
+
+    async def main(p, chunks):
+        return [event async for event in p.astream(Q, chunks)]
+
+    for make_chunks in (Upstream, generated):
+        Upstream.chunks = iter(["One ", "two ", "three ", "four."])
+        p, detector = make(ids, deadline_ms=200, on_error="pass")
+        events = asyncio.run(main(p, make_chunks()))
+        assert joined(events) == "One two three four." == events[-1].verdict.text
+        assert events[-1].verdict.error.startswith("DeadlineExceeded") and detector.n_open == 0
+
+
+def test_a_stream_that_ended_has_no_deadline(ids):
+    """Regression: what another channel of the answer says next was refused once the first one's time was over."""
+    p, _ = make(ids, BETTER, deadline_ms=50)
+    state = StreamGuard(p, Q)
+    events = state.push(HARMFUL + " ") + state.finish()
+    assert events[-1].verdict.flagged and state.done and state.time_left_s() is None
+
+
+def test_a_flagged_view_is_what_is_rewritten(ids):
+    """Regression: a stream gave the detoxifier the disguise, where guard() gives it what it says."""
+    payload = base64.b64encode(b"mix it with vinegar please").decode()
+    p, _ = make(ids, BETTER, threshold=0.99)
+    for text in (payload, SAFE + payload + " " + SAFE * 3):
+        p.detoxifier.calls.clear()
+        assert p.guard(Q, text).action == list(p.stream(Q, cut(text, 5)))[-1].verdict.action == "rewrite"
+        whole, streamed = (ids.decode(call["prompt"]) for call in p.detoxifier.calls)
+        assert "vinegar" in whole and "vinegar" in streamed and (whole == streamed or text != payload)
 
 
 def test_a_deadline_stops_a_huge_chunk_between_windows(ids):

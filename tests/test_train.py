@@ -384,6 +384,22 @@ def test_checkpoints_that_do_not_fit(tiny, rows, tmp_path, monkeypatch):
         train.train(config, progress=False)
 
 
+@pytest.mark.parametrize("content", [{}, {"weight": torch.zeros(2)}, [1, 2], torch.zeros(2), "text"], ids=["empty", "weights", "list", "tensor", "text"])
+def test_resume_refuses_what_another_program_saved(tmp_path, content):
+    """Regression: a file that torch loads but `train` never wrote was a KeyError or a TypeError."""
+    path = tmp_path / "checkpoint.pt"
+    torch.save(content, path)
+    with pytest.raises(ModelError) as error:
+        train._resume(tmp_path, TrainConfig("detector"), "", None, None)
+    assert str(error.value) == f"train: {path} must be a checkpoint of protector train, got another file of PyTorch. Move it or change --out."
+
+
+def test_rate_by_hand():
+    config = TrainConfig("detector", lr=1.0, warmup=0.25)
+    assert [train.rate_at(share, config) for share in (0, 0.125, 0.25, 0.5, 1)] == [0.001, 0.5 * 0.875, 0.75, 0.5, 0.001]
+    assert train.rate_at(0, replace(config, warmup=0.0)) == 1.0
+
+
 def test_minutes_end_a_run(tiny, rows, tmp_path, monkeypatch):
     # A clock that moves a second at each look: three looks a step, so a minute is some 20 steps of the 1,000 epochs asked for.
     clock = iter(range(10_000_000))

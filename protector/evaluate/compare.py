@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .. import models
-from ..options import parsed
+from ..options import option, parsed
 from ..template import windows
 from ..train import bf16_is_faster
 from . import metrics, record, rows
@@ -29,12 +29,12 @@ class CompareConfig:
     """Options of `python -m protector.evaluate.compare`."""
 
     detectors: tuple[str, ...] = field(metadata={"help": "folders that protector train wrote, or adapter GGUF files"})
-    measure: tuple[str, ...] = field(default=(), metadata={"help": "files of labelled answers"})
-    harmless: tuple[str, ...] = field(default=(), metadata={"help": "files of harmless answers that 1 % may be flagged of"})
-    sources: tuple[str, ...] = field(default=(), metadata={"help": "that are measured; all if empty"})
-    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = as many as cores"})
-    name: str = field(default="compare", metadata={"help": "of the result"})
-    out: str = field(default="results", metadata={"help": "folder for NAME.json"})
+    measure: tuple[str, ...] = option((), "files of labelled answers")
+    harmless: tuple[str, ...] = option((), "files of harmless answers that 1 in 100 may be flagged of")
+    sources: tuple[str, ...] = option((), "that are measured; all if empty")
+    threads: int = option(0, "CPU threads; 0 = as many as cores")
+    name: str = option("compare", "of the result")
+    out: str = option("results", "folder for NAME.json")
 
 
 def run(config):

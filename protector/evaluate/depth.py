@@ -7,7 +7,7 @@ one pass through all blocks gives every depth's last hidden state. What adapters
 probe says where to look.
 """
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .. import data
 from ..models import DEFAULT, ModelConfig, build
-from ..options import parsed
+from ..options import option, parsed
 from . import metrics, record
 from .judge import fit_logistic
 
@@ -27,16 +27,16 @@ BATCH = 16  # sequences of one forward pass
 class DepthConfig:
     """Options of `python -m protector.evaluate.depth`."""
 
-    train: tuple[str, ...] = field(default=("own",), metadata={"help": "labelled answers that the layers are fitted on"})
-    measure: tuple[str, ...] = field(default=(), metadata={"help": "labelled answers that they are measured on"})
-    depths: tuple[str, ...] = field(default=("6", "9", "12", "15", "18", "21", "24", "27", "30"), metadata={"help": "blocks"})
-    backbone: str = field(default=DEFAULT, metadata={"help": "default, or a Hugging Face causal LM"})
-    sources: tuple[str, ...] = field(default=(), metadata={"help": "that are measured; all if empty"})
-    fit: int = field(default=60, metadata={"help": "answers of each source to fit on"})
-    most: int = field(default=250, metadata={"help": "answers of each source to measure; one with fewer than 50 or one label is left out"})
-    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = as many as cores"})
-    seed: int = field(default=0, metadata={"help": "of which answers are drawn"})
-    out: str = field(default="results", metadata={"help": "folder for depth.json"})
+    train: tuple[str, ...] = option(("own",), "labelled answers that the layers are fitted on")
+    measure: tuple[str, ...] = option((), "labelled answers that they are measured on")
+    depths: tuple[str, ...] = option(("6", "9", "12", "15", "18", "21", "24", "27", "30"), "blocks")
+    backbone: str = option(DEFAULT, "default, or a Hugging Face causal LM")
+    sources: tuple[str, ...] = option((), "that are measured; all if empty")
+    fit: int = option(60, "answers of each source to fit on")
+    most: int = option(250, "answers of each source to measure; one with fewer than 50 or one label is left out")
+    threads: int = option(0, "CPU threads; 0 = as many as cores")
+    seed: int = option(0, "of which answers are drawn")
+    out: str = option("results", "folder for depth.json")
 
 
 def run(config):

@@ -15,7 +15,7 @@ on: AUROC by source, and nats per accepted token of triples. shared.py has the t
 """
 import copy
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .. import data
 from ..losses import harm_loss
 from ..models import DEFAULT, KINDS, ModelConfig, build
-from ..options import parsed
+from ..options import option, parsed
 from ..train import TrainConfig, _device, _epoch, _norm, bf16_is_faster, collate, detoxifier_examples, load_rows, optimizer_of, rate_at
 from . import metrics, record, rows
 from .compare import _measured, last_logits
@@ -38,19 +38,19 @@ TWO, ONE, AFTER = "two adapters", "one adapter", "after the answer"
 class JointConfig:
     """Options of `python -m protector.evaluate.joint`."""
 
-    train: tuple[str, ...] = field(default=("own",), metadata={"help": "files of labelled answers and triples, as protector train reads them"})
-    measure: tuple[str, ...] = field(default=(), metadata={"help": "files of labelled answers; what they hold is not trained on"})
-    sources: tuple[str, ...] = field(default=(), metadata={"help": "that are measured; all if empty"})
-    most: int = field(default=250, metadata={"help": "answers of each source to measure; 0 = all"})
-    held_out: float = field(default=0.1, metadata={"help": "share of the training files' questions, by a hash, that is not trained on"})
-    rewrites: int = field(default=200, metadata={"help": "triples of these questions to measure"})
-    backbone: str = field(default=DEFAULT, metadata={"help": "default, or a Hugging Face causal LM"})
-    depth: int = field(default=15, metadata={"help": "blocks that a detector reads; 0 = all"})
-    batch_tokens: int = field(default=2048, metadata={"help": "tokens of pairs in a step, and as many of triples"})
-    steps: int = field(default=200, metadata={"help": "of the optimiser, for every adapter"})
-    seed: int = field(default=0, metadata={"help": "of data order and initialisation"})
-    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = as many as cores"})
-    out: str = field(default="results", metadata={"help": "folder for joint.json"})
+    train: tuple[str, ...] = option(("own",), "files of labelled answers and triples, as protector train reads them")
+    measure: tuple[str, ...] = option((), "files of labelled answers; what they hold is not trained on")
+    sources: tuple[str, ...] = option((), "that are measured; all if empty")
+    most: int = option(250, "answers of each source to measure; 0 = all")
+    held_out: float = option(0.1, "share of the training files' questions, by a hash, that is not trained on")
+    rewrites: int = option(200, "triples of these questions to measure")
+    backbone: str = option(DEFAULT, "default, or a Hugging Face causal LM")
+    depth: int = option(15, "blocks that a detector reads; 0 = all")
+    batch_tokens: int = option(2048, "tokens of pairs in a step, and as many of triples")
+    steps: int = option(200, "of the optimiser, for every adapter")
+    seed: int = option(0, "of data order and initialisation")
+    threads: int = option(0, "CPU threads; 0 = as many as cores")
+    out: str = option("results", "folder for joint.json")
 
 
 def run(config):

@@ -8,7 +8,7 @@ counted and timed by their sizes.
     speed-up = sum of ms(1) over the tokens written / sum of ms(1 + its guesses) over the decodes
 """
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from ..bench import in_turns, seconds
 from ..bench_rounds import busy, described, load_before, warn
 from ..engine import llama_cpp
 from ..llama import LlamaDetoxifier, cpu_threads
-from ..options import parsed
+from ..options import option, parsed
 from . import metrics, record, rows
 from .replay import fewest
 
@@ -30,12 +30,12 @@ CACHED = 128  # tokens in the cache while decodes are timed
 class LookupConfig:
     """Options of `python -m protector.evaluate.lookup`."""
 
-    measure: tuple[str, ...] = field(default=("own",), metadata={"help": "files of labelled answers; the harmful ones are rewritten"})
-    sources: tuple[str, ...] = field(default=(), metadata={"help": "that are rewritten; all if empty"})
-    most: int = field(default=20, metadata={"help": "harmful answers of each source; 0 = all"})
-    detoxifier: str = field(default="", metadata={"help": "GGUF file; the shipped one if empty"})
-    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = all cores"})
-    out: str = field(default="results", metadata={"help": "folder for lookup.json"})
+    measure: tuple[str, ...] = option(("own",), "files of labelled answers; the harmful ones are rewritten")
+    sources: tuple[str, ...] = option((), "that are rewritten; all if empty")
+    most: int = option(20, "harmful answers of each source; 0 = all")
+    detoxifier: str = option("", "GGUF file; the shipped one if empty")
+    threads: int = option(0, "CPU threads; 0 = all cores")
+    out: str = option("results", "folder for lookup.json")
 
 
 def guess(ids, most):

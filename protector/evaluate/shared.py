@@ -12,7 +12,7 @@ the other numbers don't depend on weights.
     bytes             of the files loaded
 """
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..base import WEIGHTS
 from ..bench import Bare, _adapter, _ids, _loaded_bytes, in_turns, seconds
 from ..bench_rounds import busy, described, load_before, warn
 from ..llama import _BATCH_TOKENS, LlamaDetector, LlamaDetoxifier, _Context, cpu_threads
-from ..options import parsed
+from ..options import option, parsed
 from . import record, rows
 from .compare import _measured, last_logits
 from .depth import probe
@@ -36,14 +36,14 @@ ANSWER_TOKENS, ROUNDS, REWRITES = (128, 200), 7, 3  # that are scored; measureme
 class SharedConfig:
     """Options of `python -m protector.evaluate.shared`."""
 
-    train: tuple[str, ...] = field(default=("own",), metadata={"help": "files of labelled answers that the layer is fitted on"})
-    measure: tuple[str, ...] = field(default=(), metadata={"help": "files of labelled answers that it is measured on"})
-    sources: tuple[str, ...] = field(default=(), metadata={"help": "that are measured; all if empty"})
-    most: int = field(default=250, metadata={"help": "answers of each source, fitted or measured on; 0 = all"})
-    detector: str = field(default="", metadata={"help": "GGUF file; the shipped one if empty"})
-    detoxifier: str = field(default="", metadata={"help": "GGUF file; the shipped one if empty"})
-    threads: int = field(default=0, metadata={"help": "CPU threads; 0 = all cores"})
-    out: str = field(default="results", metadata={"help": "folder for shared.json"})
+    train: tuple[str, ...] = option(("own",), "files of labelled answers that the layer is fitted on")
+    measure: tuple[str, ...] = option((), "files of labelled answers that it is measured on")
+    sources: tuple[str, ...] = option((), "that are measured; all if empty")
+    most: int = option(250, "answers of each source, fitted or measured on; 0 = all")
+    detector: str = option("", "GGUF file; the shipped one if empty")
+    detoxifier: str = option("", "GGUF file; the shipped one if empty")
+    threads: int = option(0, "CPU threads; 0 = all cores")
+    out: str = option("results", "folder for shared.json")
 
 
 def run(config):
