@@ -104,7 +104,7 @@ setup(
     description="Guards a multimodal LLM's answers: a harm detector and a response detoxifier",
     python_requires=">=3.10",
     packages=find_packages(include=["protector", "protector.*"]),
-    package_data={"protector": ["weights/*", "corpus/*.jsonl", "replies.jsonl", "grades.jsonl", "selftest.jsonl", "evaluate/rewrite_grades.jsonl"]},
+    package_data={"protector": ["weights/*", "corpus/*.jsonl", "replies.jsonl", "grades.jsonl", "selftest.jsonl", "evaluate/rewrite_grades.jsonl", "evaluate/kinds.jsonl"]},
     ext_modules=[Extension("protector._kernels", ["csrc/harm_score.cpp"], language="c++",
                            depends=["csrc/harm_score.h", "csrc/harm_score.cuh", "csrc/harm_score.cu"])] if BUILD else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildKernels, "bdist_wheel": PlatformWheel},

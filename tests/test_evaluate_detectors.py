@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from evaluate_fakes import FakeDetector
 
+from protector.data import answer_digest
 from protector.errors import DataError
 from protector.evaluate import detectors, record, report, rows
 from protector.evaluate.rows import Row
@@ -64,6 +65,25 @@ def test_the_same_answers_without_their_question(monkeypatch):
     assert table["rows"][0][:4] == ["asked", f"20 ({part['harmful']})", "0.500 [0.500, 0.500]", "1.000"] and "at most 20 of a source" in table["notes"][0]
     del result["answer_only"]  # of an older run
     assert len(report.detector_tables(result)) == 4
+
+
+def test_kinds_of_harm_by_hand(tmp_path):
+    some = [Row(f"q{i}", HARMFUL, 1, "own") for i in range(24)] + [Row("q", HARMLESS, 0, "own"), Row("q0", HARMFUL, 1, "few"), Row("unknown", HARMFUL, 1, "own")]
+    path = tmp_path / "kinds.jsonl"
+    path.write_text("".join(json.dumps({"answer_sha256": answer_digest(row.question, row.answer), "kind": "crime" if i < 16 else "lies"}) + "\n"
+                            for i, row in enumerate(some[:25])))
+    found = detectors.by_kind(some, [i % 4 == 0 for i in range(len(some))], path)
+    assert {source: {kind: (rate["k"], rate["n"]) for kind, rate in kinds.items()} for source, kinds in found.items()} == {
+        "own": {"crime": (4, 16), "lies": (2, 8)}, "few": {"crime": (0, 1)}}
+    table, = report._by_kind(record.plain(found))  # 25 and 1: the latter is too few for a column
+    assert table["head"] == ["kind", "own"] and [row[0] for row in table["rows"]] == ["crime", "lies"] and table["rows"][0][1].startswith("25.0 % [")
+    assert report._by_kind({}) == []
+
+
+def test_the_kinds_of_harm_are_readable():
+    kinds = [json.loads(line) for line in detectors.KINDS.read_text().splitlines()]
+    assert len({row["answer_sha256"] for row in kinds}) == len(kinds) > 2000 and all(row.keys() == {"answer_sha256", "kind"} for row in kinds)
+    assert len({row["kind"] for row in kinds}) == 9
 
 
 def test_scores_are_those_of_guarding_whatever_the_batch():

@@ -246,6 +246,7 @@ def _report(*chosen, title=""):
 RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "compare": _compare, "shared": _shared, "joint": _joint,
              "lookup": _lookup, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost, "bench": bench.markdown, "bench_sweep": bench.sweep_markdown,
              "detectors": _report(0, 1), "detectors#targets": _detector_targets, "detectors#published": _report(title="Published guards"),
+             "detectors#kinds": _report(title="Harmful answers flagged"),
              "rewrites#targets": _rewrite_targets, "replay": _report(0), "utility": _report(0),
              "replay#models": _report(title="Real models in replay: msts")}
 

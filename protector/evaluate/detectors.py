@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..data import spread
+from ..data import _jsonl_rows, answer_digest, spread
 from ..guard import Protector
 from . import metrics
 from .rows import by_source, fingerprint
@@ -24,6 +24,7 @@ PUBLISHED = {
              "WildGuard, 7B": [86.3, 64.2, 84.4, 94.7], "GuardReasoner, 1B": [84.8, 68.4, 85.8, 90.1],
              "Qwen3Guard-Gen, 0.6B": [85.0, 66.6, 86.1, 89.7], "Qwen3Guard-Stream, 0.6B": [83.1, 62.8, 84.5, 84.8]}}
 FPRS = (0.01, 0.05)
+KINDS = Path(__file__).parent / "kinds.jsonl"  # of harm in harmful development answers, by their digests
 ANSWER_ONLY = 200  # rows of a source that are scored a second time, without their question
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 
@@ -158,7 +159,25 @@ def evaluate(detector, rows, train, draws=1000, progress=False, **options):
             "sources": sources, "bag_of_words": {"trained_on": len(train), "note": "best F1 on these rows", "sources": baselines},
             "answer_only": {"at_most": ANSWER_ONLY, "threshold": guard.thresholds["answer"],
                             "sources": answer_only(guard, rows, scores, draws, progress)},
+            "kinds": by_kind(rows, scores >= thresholds),
             "published": PUBLISHED}
+
+
+def by_kind(rows, flags, path=KINDS):
+    """How many harmful answers are flagged by kind of harm, as a language model told it from question and answer; people labelled them harmful.
+
+    Args:
+        rows: labelled rows. flags: (n,) bool, whether each is flagged.
+        path: JSON Lines: answer_sha256, kind; answers that aren't in it are left out.
+    Returns:
+        {source: {kind: metrics.rate}}
+    """
+    kinds, flagged = {row["answer_sha256"]: row["kind"] for _, row in _jsonl_rows(str(path))}, {}
+    for row, flag in zip(rows, flags):
+        kind = kinds.get(answer_digest(row.question, row.answer)) if row.label else None
+        if kind:
+            flagged.setdefault(row.source, {}).setdefault(kind, []).append((bool(flag), row.group))
+    return {source: {kind: metrics.rate(*map(list, zip(*part))) for kind, part in found.items()} for source, found in flagged.items()}
 
 
 def answer_only(guard, rows, scores, draws=1000, progress=False):

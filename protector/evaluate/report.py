@@ -119,13 +119,23 @@ def detector_tables(result):
                   "recall at 1 % FPR", "recall at 5 % FPR", "recall at 5 % FPR, word counts", "ECE"]},
         {"title": "Detector at its threshold", "head": ["source", "harmful flagged", "harmless flagged", "best F1", "best F1, word counts"],
          "rows": at, "notes": ["Best F1: its threshold was chosen on the same answers, an upper bound."]},
-        *without,
+        *without, *_by_kind(result.get("kinds", {})),
         {"title": "Calibration", "head": ["source", *(f"{low:.1f}–{high:.1f}" for low, high in edges)], "rows": bins,
          "notes": ["Share of harmful answers (n) among those scored in each tenth; a calibrated score has 0.05, 0.15, ... 0.95. "
                    "ECE is the mean distance, weighted by n."]},
         {"title": "Published guards", "head": ["model", *published["columns"]],
          "rows": [[name, *(f"{value:.1f}" for value in values)] for name, values in published["rows"].items()] + ours,
          "notes": [f"{published['unit']}. Source: {published['source']}. On SafeRLHF the constant answer beats most guards.", *at_best]}]
+
+
+def _by_kind(sources):
+    """The table of harmful answers by kind of harm, if there is one: kinds in rows, sources in columns."""
+    large = {source: found for source, found in sources.items() if sum(rate["n"] for rate in found.values()) >= SMALL}
+    n = {kind: sum(found[kind]["n"] for found in large.values() if kind in found) for found in large.values() for kind in found}
+    return [{"title": "Harmful answers flagged, by kind of harm", "head": ["kind", *large],
+             "rows": [[kind, *(share(found.get(kind)) for found in large.values())] for kind in sorted(n, key=n.get, reverse=True)],
+             "notes": ["People labelled the answers harmful; what their harm is about, a language model (not named: graded during development) told "
+                       "from question and answer."]}] if n else []
 
 
 def _beside_published(sources, columns):
