@@ -111,7 +111,7 @@ guard() {
     [ "$code" = 10 ] || { echo "reproduce.sh: the shipped models must flag this answer (exit code 10), got $code." >&2; exit 1; }
 }
 
-# --- 6. evaluate: both pairs of models on answers that none of them was trained on
+# --- 6. evaluate: on answers that no model was trained on; the table both pairs of models, the rest the shipped one
 evaluate() {
     of_these_data
     say "evaluate"

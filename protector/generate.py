@@ -285,7 +285,7 @@ def _close(path):
 
 def _append(path, row):
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(json.dumps(row) + "\n")  # ASCII: half an emoji is no UTF-8
 
 
 def _report(config, chat, done):

@@ -138,6 +138,12 @@ def test_naive_bayes_equals_scikit_learn():
     np.testing.assert_allclose([words.score(answer) for answer in answers], theirs, atol=1e-9)
 
 
+def test_naive_bayes_ranks_what_its_scores_do_not():
+    words = detectors.BagOfWords(sample())
+    long, longer = (words.logit(" ".join([HARMFUL] * n)) for n in (20, 21))
+    assert long < longer and words.score(" ".join([HARMFUL] * 20)) == words.score(" ".join([HARMFUL] * 21)) == 1
+
+
 def test_halves_share_no_question_and_stay():
     some = [Row(f"Question {i}?", f"Answer {j}.", 0, "own", case=f"case {i // 2}" if i % 3 else "") for i in range(60) for j in range(3)]
     first, second = rows.halves(some)

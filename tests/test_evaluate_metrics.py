@@ -88,12 +88,36 @@ def test_one_in_twenty_is_five_percent():
     assert metrics.recall_at_fpr(scores, np.r_[np.zeros(20), 1], 0.05) == 1.0
 
 
+def test_one_group_is_one_draw():
+    """Regression: all of one question's answers counted as independent, for there was no spread between groups."""
+    one = metrics.rate([1] * 50 + [0] * 50, ["q"] * 100)
+    assert (one["low"], one["high"]) == metrics.wilson(0.5, 1) and one["n"] == 100
+    change = metrics.paired_change([1] * 100, [0] * 40 + [1] * 60, ["q"] * 100)
+    assert change["value"] == -0.4 and change["high"] > 0
+
+
+def test_before_and_after_are_of_the_same_rows():
+    """Regression: replay's "after" left out what had no verdict and "before" didn't, so 60 unjudged rewrites read as 60 % less harm."""
+    found = metrics.before_after([True] * 60 + [False] * 40, [None] * 60 + [False] * 40)
+    assert all((found[side]["rate"], found[side]["n"], found[side]["missing"]) == (0, 40, 60) for side in ("before", "after"))
+    assert found["change"]["value"] == 0
+    assert metrics.before_after([True, True], [False, None])["change"]["value"] == -1
+
+
+def test_reliability_counts_questions():
+    scores, labels = [0.25] * 40, [0, 1] * 20
+    rows, alone = (metrics.reliability(scores, labels, groups=groups)[1][0] for groups in ([i // 10 for i in range(40)], None))
+    assert rows["share"] == alone["share"] == 0.5 and rows["interval"] == alone["interval"] == metrics.wilson(20, 40)  # groups that are alike tell no less
+    halves = metrics.reliability(scores, [0] * 20 + [1] * 20, groups=[i // 10 for i in range(40)])[1][0]["interval"]
+    assert halves[1] - halves[0] > 1.5 * (alone["interval"][1] - alone["interval"][0])
+
+
 def test_reliability_by_hand():
     # Bin [0.2, 0.3): mean 0.25, one of two harmful, off by 0.25. Bin [0.9, 1]: mean 0.95, all harmful, off by 0.05.
     error, bins = metrics.reliability([0.21, 0.29, 0.95, 0.95], [0, 1, 1, 1])
     assert error == pytest.approx(0.5 * 0.25 + 0.5 * 0.05)
-    assert bins == [{"low": 0.2, "high": 0.3, "score": pytest.approx(0.25), "share": 0.5, "n": 2},
-                    {"low": 0.9, "high": 1.0, "score": pytest.approx(0.95), "share": 1.0, "n": 2}]
+    assert bins == [{"low": 0.2, "high": 0.3, "score": pytest.approx(0.25), "share": 0.5, "n": 2, "interval": metrics.wilson(1, 2)},
+                    {"low": 0.9, "high": 1.0, "score": pytest.approx(0.95), "share": 1.0, "n": 2, "interval": metrics.wilson(2, 2)}]
     assert metrics.reliability([1.0, 0.0], [1, 0])[0] == 0
 
 

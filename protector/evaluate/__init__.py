@@ -8,7 +8,11 @@
     likelihood  why images break them                  record      results as JSON
     report      tables, plots, one page                table       the short table of reproduce.sh
     compare     trained detectors side by side         depth       what a linear layer sees after each block
-    shared      one backbone for both tasks            parity      PyTorch against llama.cpp
+    shared      one cache for both tasks: times        joint       one backbone trained for both tasks
+    lookup      rewriting with guesses                 parity      PyTorch against llama.cpp
+    embed       MiniLM's embeddings, kept              endpoint    OpenAI-compatible servers
+    kept        what was paid for already              base_model  the base by itself, as a weak model
+    plots       SVG                                    blocks      tables and plots of the documents
 
     python -m protector evaluate all --data dev/ --report report/
 """
@@ -17,7 +21,6 @@ import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 
 from ..errors import DataError, MissingPackage, ProtectorError
@@ -75,6 +78,7 @@ def run(config):
     from . import record, report
 
     what, failed = _parts(config), []
+    record.commit()  # now: what is committed while it runs isn't what runs
     if what:
         _check(config)
         done = _Evaluation(config, what)
@@ -179,8 +183,11 @@ class _Evaluation:
         from ..guard import Protector
 
         config = self.config
-        return Protector(config.detector or None, config.detoxifier or None, on_flag=config.on_flag,
-                         detoxifier_options={"n_threads": config.threads or None}, **config.scoring)
+        guard = Protector(config.detector or None, config.detoxifier or None, on_flag=config.on_flag,
+                          detoxifier_options={"n_threads": config.threads or None}, **config.scoring)
+        if config.on_flag == "rewrite":
+            guard.detoxifier  # loads it now, and not within the first flagged answer's time
+        return guard
 
     @cached_property
     def embed(self):
@@ -324,10 +331,11 @@ class _Evaluation:
     def measure_likelihood(self):
         from .. import data
         from . import benchmarks, likelihood
+        from .kept import digest
 
         pairs = [data.Pair(row.question, row.answer, row.label, row.source) for row in self.split[0][1] if row.question.strip()]
         triples = data.triples_of(pairs, most_per_question=1)
-        triples.sort(key=lambda triple: sha256(triple.question.encode("utf-8", "replace")).digest())  # of every source, not the first
+        triples.sort(key=lambda triple: digest(triple.question))  # of every source, not the first
         triples = triples[:3 * self.config.questions or None]
         images = self.related
         if not images and self.config.mm_safetybench:

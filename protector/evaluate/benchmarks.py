@@ -5,8 +5,8 @@ Stable Diffusion image (SD, `Rephrased Question(SD)`), a typographic image (TYPO
 FigStep (Gong et al., AAAI 2025, MIT): the question as text only, or as a list heading drawn into an image.
 """
 import csv
-import hashlib
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from . import metrics
 from .detectors import described
 from .endpoint import in_parallel
 from .judge import KEYWORDS_NOTE, is_refusal
+from .kept import digest
 
 SCENARIOS = ("01-Illegal_Activitiy", "02-HateSpeech", "03-Malware_Generation", "04-Physical_Harm", "05-EconomicHarm", "06-Fraud", "07-Sex",
              "08-Political_Lobbying", "09-Privacy_Violence", "10-Legal_Opinion", "11-Financial_Advice", "12-Health_Consultation",
@@ -87,14 +88,16 @@ def render(text, path, size=CANVAS, font_size=FONT_SIZE):
     for i, line in enumerate(lines):
         draw.text((margin, margin + i * spacing), line, "black", font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    partial = Path(f"{path}.{os.getpid()}.partial")  # a run that is interrupted leaves no half an image
+    image.save(partial, "PNG")
+    os.replace(partial, path)
     return Path(path)
 
 
 def rendered(text, folder=None, **options):
     """`render` into the cache, once per text."""
     folder = Path(folder) if folder else cache_dir() / "typographic"
-    path = folder / (hashlib.sha256(f"{text}\0{sorted(options.items())}".encode("utf-8", "replace")).hexdigest()[:24] + ".png")
+    path = folder / (digest(f"{text}\0{sorted(options.items())}")[:24] + ".png")
     return path if path.exists() else render(text, path, **options)
 
 
@@ -251,7 +254,7 @@ def typographic(rows, most=0, cache=None):
     for row in rows:
         if row.label and 0 < len(row.question) <= 200:
             requests.setdefault(row.question, row.source)
-    chosen = sorted(requests, key=lambda text: hashlib.sha256(text.encode("utf-8", "replace")).digest())[:most or None]
+    chosen = sorted(requests, key=digest)[:most or None]
     if not chosen:
         raise DataError("typographic: rows must hold harmful answers to questions of at most 200 characters, got none.")
     samples = []
@@ -312,9 +315,7 @@ def tables(records):
     """
     def cell(part):
         asked = [record for record in part if "action" in record]
-        both = [(record["before"], record["after"]) for record in part]
-        before, after = zip(*((None, None) if None in pair else pair for pair in both))
-        return {"n": len(part), "before": metrics.rate(before), "after": metrics.rate(after), "change": metrics.paired_change(before, after),
+        return {"n": len(part), **metrics.before_after(*zip(*((record["before"], record["after"]) for record in part))),
                 "keywords_before": metrics.rate([not record["refusal_before"] for record in asked]),
                 "keywords_after": metrics.rate([not record["refusal_after"] for record in asked]),
                 "actions": dict(Counter(record["action"] for record in asked)), "rendered": sum(record["rendered"] for record in part),
@@ -340,10 +341,11 @@ def evaluate(name, client, guard, samples, missing, judge, progress=False, worke
     asked = [record for record in records if "action" in record]
     timed = [record for record in asked if record["model_s"]]
     seconds, earlier = sum(record["model_s"] for record in timed), sum(record["earlier"] for record in timed)
-    time_note = (f"{earlier:,} of {len(timed):,} answers and their times are of an earlier run; its machine, threads and load may not be those "
-                 "that the guard had") if earlier else None
+    notes = [f"{earlier:,} of {len(timed):,} answers and their times are of an earlier run; its machine, threads and load may not be those "
+             "that the guard had"] if earlier else []
+    notes += [f"up to {workers} questions were asked at once: an answer's time may hold others', and the percentage be too low"] if workers > 1 else []
     return {"kind": "benchmark", "benchmark": name, "model": client.name, "detector": described(guard), "on_flag": guard.on_flag,
             "judge": judge.described(), "judge_measured": judge.measured, "keywords_note": KEYWORDS_NOTE, "missing": missing,
             "added_percent": 100 * sum(record["guard_ms"] for record in timed) / 1e3 / seconds if timed else None, "n_timed": len(timed),
-            "time_note": time_note, "errors": sum(record["action"] == "error" for record in asked),
+            "time_note": "; ".join(notes) or None, "errors": sum(record["action"] == "error" for record in asked),
             "interval": "rates: 95 % Wilson; change: 95 % Bonett-Price", **tables(records)}

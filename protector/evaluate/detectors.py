@@ -81,10 +81,13 @@ class BagOfWords:
         self.weights = {word: math.log((counts[1][word] + 1) / totals[1]) - math.log((counts[0][word] + 1) / totals[0])
                         for word in vocabulary}
 
+    def logit(self, answer):
+        """Log odds of harmful; they still rank long answers whose scores are all 1.0."""
+        return self.prior + sum(self.weights.get(word, 0.0) for word in _words(answer))
+
     def score(self, answer):
         """P(harmful), float."""
-        logit = self.prior + sum(self.weights.get(word, 0.0) for word in _words(answer))
-        return 1 / (1 + math.exp(-max(min(logit, 700), -700)))
+        return 1 / (1 + math.exp(-max(min(self.logit(answer), 700), -700)))
 
 
 def _words(text):
@@ -122,7 +125,7 @@ def measure(scores, labels, threshold, groups=None, draws=1000):
         **{f"recall_at_{fpr:.0%}_fpr": number(lambda s, y, fpr=fpr: metrics.recall_at_fpr(s, y, fpr)) for fpr in FPRS},
         **{name: metrics.rate(list(flags[labels == label]), None if groups is None else [g for g, y in zip(groups, labels) if y == label])
            for name, label in (("recall", 1), ("false_positives", 0))},
-        "ece": number(lambda s, y: metrics.reliability(s, y)[0]), "reliability": metrics.reliability(scores, labels)[1],
+        "ece": number(lambda s, y: metrics.reliability(s, y)[0]), "reliability": metrics.reliability(scores, labels, groups=groups)[1],
         "roc": [[float(false_positive[i]), float(true_positive[i])] for i in keep] if 0 < labels.sum() < len(labels) else [],
         "histogram": {"edges": edges, "harmless": np.histogram(scores[labels == 0], edges)[0],
                       "harmful": np.histogram(scores[labels == 1], edges)[0]}}
@@ -143,7 +146,7 @@ def evaluate(detector, rows, train, draws=1000, progress=False, **options):
     guard = scoring_guard(detector, **options)
     words = BagOfWords(train)
     scores, thresholds = score_rows(guard, rows, progress=progress)
-    word_scores = np.array([words.score(row.answer) for row in rows])
+    word_scores = np.array([words.logit(row.answer) for row in rows])
     sources, baselines = {}, {}
     index = {id(row): i for i, row in enumerate(rows)}
     for source, part in by_source(rows).items():

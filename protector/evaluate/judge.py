@@ -185,7 +185,7 @@ def train_offline(folds, embed, ridge=3e-4, progress=False):
             # A label with few rows isn't blown up beyond 4 times a row's fair weight.
             weights[i] = min(sum(both) / (2 * both[0]), 4.0) / np.sqrt(sum(both))
         layers.append(fit_logistic(features(embedded[0::2], embedded[1::2]), labels, weights, ridge))
-    fold = {key: i for i, (_, part) in enumerate(folds) for row in part for key in (folded(row.question), folded("\0".join(row.pair)))}
+    fold = {key: i for i, (_, part) in enumerate(folds) for row in part for key in (folded("\0".join(row.pair)), folded(row.question)) if key}
     trained_on = [{source: len(part) for source, part in by_source(train).items()} for train, _ in folds]
     judge = OfflineJudge(embed, *map(np.stack, zip(*layers)), {}, trained_on, fold=fold)
     scores = judge.scores([row.pair for row in measure], progress)

@@ -115,20 +115,15 @@ def measure(client, triples, related=None, conditions=CONDITIONS, cache=None, pr
         harmful, harmless = (np.array([row[i].mean() for row in rows]) for i in (1, 2))
         gap = harmless - harmful
         gaps[condition] = {question: float(np.mean([b.mean() - a.mean() for a, b in part])) for question, part in by_question.items()}
-        result[condition] = {"n": len(rows), "harmful": _number(harmful, groups), "harmless": _number(harmless, groups),
-                             "gap": _number(gap, groups),
+        result[condition] = {"n": len(rows), "harmful": metrics.number(np.mean, harmful, groups=groups), "harmless": metrics.number(np.mean, harmless, groups=groups),
+                             "gap": metrics.number(np.mean, gap, groups=groups),
                              "curves": {"harmful": _curve([row[1] for row in rows]), "harmless": _curve([row[2] for row in rows])}}
         if condition != conditions[0] and conditions[0] in gaps:
             shared = [question for question in gaps[condition] if question in gaps[conditions[0]]]
             change = np.array([gaps[condition][question] - gaps[conditions[0]][question] for question in shared])
-            result[condition]["gap_change"] = _number(change, shared)
+            result[condition]["gap_change"] = metrics.number(np.mean, change, groups=shared)
     return {"kind": "likelihood", "model": client.name, "unit": "nats per token", "interval": "95 % percentile bootstrap over questions",
             "left_out": {condition: len(triples) - part["n"] for condition, part in result.items()}, "conditions": result}
-
-
-def _number(values, groups):
-    low, high = metrics.bootstrap(np.mean, values, groups=groups)
-    return {"value": float(values.mean()), "low": low, "high": high}
 
 
 def _curve(losses):

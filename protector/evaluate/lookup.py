@@ -111,9 +111,8 @@ def run(config):
         sizes = [decodes(prompt, written, most) for prompt, written in texts]
         plain = np.array([(len(written) - 1) * ms[1] for _, written in texts])
         with_guesses = np.array([sum(ms[size] for size in each) for each in sizes])
-        low, high = metrics.bootstrap(lambda a, b: a.sum() / b.sum(), plain, with_guesses, groups=groups)
         result["guesses"][str(most)] = {"decodes_of_tokens": sum(map(len, sizes)) / sum(len(written) - 1 for _, written in texts),
-                                        "speed_up": {"value": plain.sum() / with_guesses.sum(), "low": low, "high": high}}
+                                        "speed_up": metrics.number(lambda a, b: a.sum() / b.sum(), plain, with_guesses, groups=groups)}
     result["busy"] = busy(result)
     record.write(config.out, "lookup", result, config)
     warn("lookup", result)

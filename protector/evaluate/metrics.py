@@ -125,7 +125,7 @@ def recall_at_fpr(scores, labels, fpr):
     return float(hits[allowed].max(initial=0) / labels.sum())
 
 
-def reliability(scores, labels, bins=10):
+def reliability(scores, labels, bins=10, groups=None):
     """Expected calibration error and its bins of equal width.
 
         ECE = sum_b n_b / n | mean label_b - mean score_b |
@@ -134,8 +134,10 @@ def reliability(scores, labels, bins=10):
         scores: (n,) in [0, 1].
         labels: (n,).
         bins: number of bins; the last one holds score 1.
+        groups: (n,) as of rate, for the shares' intervals.
     Returns:
-        (ECE, list of {"low", "high", "score", "share", "n"} of the bins that aren't empty: edges, mean score, share harmful)
+        (ECE, list of {"low", "high", "score", "share", "n", "interval"} of the bins that aren't empty: edges, mean score, share harmful
+        and its (low, high))
     Example:
         reliability([0.0, 1.0], [0, 1])[0]  # 0.0
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017.
@@ -144,8 +146,13 @@ def reliability(scores, labels, bins=10):
     if scores.size and not (0 <= scores.min() and scores.max() <= 1):
         raise ValueError("reliability: scores must be in [0, 1]. Pass scores, not logits.")
     index = np.minimum((scores * bins).astype(int), bins - 1)
-    rows = [{"low": b / bins, "high": (b + 1) / bins, "score": float(scores[inside].mean()), "share": float(labels[inside].mean()),
-             "n": int(inside.sum())} for b in range(bins) for inside in [index == b] if inside.any()]
+    groups = None if groups is None else np.asarray(groups)
+    rows = []
+    for b in np.unique(index):
+        inside = index == b
+        harmful = rate(labels[inside], None if groups is None else groups[inside])
+        rows.append({"low": float(b / bins), "high": float((b + 1) / bins), "score": float(scores[inside].mean()), "share": harmful["rate"],
+                     "n": harmful["n"], "interval": (harmful["low"], harmful["high"])})
     if not rows:
         return math.nan, []
     return sum(row["n"] * abs(row["share"] - row["score"]) for row in rows) / len(scores), rows
@@ -238,7 +245,7 @@ def rate(flags, groups=None):
 
         n' = n p (1 - p) / (n - 1) / v,   v = G / (G - 1) sum_g ( sum_{i in g} (x_i - p) )^2 / n^2,   G groups
 
-    and n' = G where all flags are alike; it is never above n, and n where each group holds one.
+    and n' = G where all flags are alike or G is 1; it is never above n, and n where each group holds one.
 
     Args:
         flags: (n,) of 0, 1 or bool; None marks a missing one, which counts neither way.
@@ -247,7 +254,7 @@ def rate(flags, groups=None):
         {"rate", "low", "high", "k", "n", "missing"}; rate is None if n = 0.
     Example:
         rate([True, None, False])  # rate 0.5 of n 2, missing 1
-    Source: Korn and Graubard, Survey Methodology 1998, for the effective size.
+    Source: Korn and Graubard, Survey Methodology 1998, for the effective size; without their factor for few groups, so too narrow below some ten.
     """
     at = [i for i, flag in enumerate(flags) if flag is not None]
     known = np.array([bool(flags[i]) for i in at], bool)
@@ -284,12 +291,25 @@ def paired_change(before, after, groups=None):
     return {"value": float(change.mean()), "low": float(max(b - c - half, -1)), "high": float(min(b - c + half, 1))}
 
 
+def before_after(before, after, groups=None):
+    """Both shares and their change, over the rows that have both.
+
+    Args:
+        before, after, groups: as of paired_change.
+    Returns:
+        {"before", "after", "change"}: of rate, rate and paired_change.
+    """
+    pairs = [(None, None) if None in pair else pair for pair in zip(before, after, strict=True)]
+    before, after = ([pair[side] for pair in pairs] for side in (0, 1))
+    return {"before": rate(before, groups), "after": rate(after, groups), "change": paired_change(before, after, groups)}
+
+
 def _effective(values, groups):
     """How many independent values tell as much as these about their mean: the groups where all are alike."""
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     values = np.asarray(values, np.float64)
     n, n_groups, spread = len(values), index.max() + 1, values.var()
-    if spread == 0:
+    if spread == 0 or n_groups == 1:  # one group has no spread between groups to tell its size by
         return int(n_groups)
-    variance = n_groups / max(n_groups - 1, 1) * (np.bincount(index, values - values.mean()) ** 2).sum() / n**2
+    variance = n_groups / (n_groups - 1) * (np.bincount(index, values - values.mean()) ** 2).sum() / n**2
     return float(min(n, spread / (n - 1) * n / variance)) if variance > 1e-12 * spread else n  # groups whose means are alike tell no less than rows

@@ -4,8 +4,6 @@ Red is harmful or before, blue is harmless or after, everywhere; shape and label
 """
 from html import escape
 
-from . import metrics
-
 RED, BLUE, GREY, INK = "var(--red, #c0392b)", "var(--blue, #2166ac)", "var(--grey, #8a8f98)", "var(--ink, #1d2127)"
 _SERIES = (BLUE, RED, "var(--green, #2e7d4f)", "var(--violet, #7b4fa3)", "var(--orange, #c77700)", "var(--teal, #16808a)")
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
@@ -145,7 +143,7 @@ def reliability(bins, title="Calibration"):
     body += [_text(left - 6, top + side + 32, "n", "end", GREY),
              _text(left + side / 2, top + side + 48, "score; dotted: what it promises", "middle")]
     for row in bins:
-        low, high = metrics.wilson(round(row["share"] * row["n"]), row["n"])
+        low, high = row["interval"]
         x, y = at(row["score"], row["share"])
         body += [_line(x, at(0, low)[1], x, at(0, high)[1], BLUE, 1.5), f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{BLUE}"/>',
                  _text(at((row["low"] + row["high"]) / 2, 0)[0], top + side + 32, row["n"], "middle", GREY, 'font-size="9"')]

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -50,13 +51,19 @@ def provenance(config=None):
             "versions": versions, "cpu": cpu(), "cores": os.cpu_count(), **gpu}
 
 
+@cache  # what is committed while it runs isn't what ran
 def commit():
-    """The commit of this checkout; None outside of one, or without git."""
+    """The commit of this checkout, with "-dirty" behind it where the package differs from it; None outside of one, or without git."""
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(Path(__file__).parents[1]), *arguments], capture_output=True, text=True)
+
     try:
-        found = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+        found = git("rev-parse", "HEAD")
     except FileNotFoundError:
         return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    if found.returncode != 0:
+        return None
+    return found.stdout.strip() + ("-dirty" if git("diff", "--quiet", "HEAD", "--", ".").returncode else "")
 
 
 def cpu():

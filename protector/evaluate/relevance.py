@@ -6,7 +6,6 @@
 
 Both judges are measured on the same pairs: recorded answers with their own question, and with another of their source.
 """
-import hashlib
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -15,6 +14,7 @@ import numpy as np
 from . import metrics
 from .endpoint import in_parallel
 from .judge import accuracy_text, first_word, fit_logistic
+from .kept import digest
 from .rows import by_source
 
 _FORM = ("You see a question and a text. Is the text about what the question is about?\n"
@@ -119,7 +119,7 @@ def train_offline(train, measure, embed, ridge=3e-4):
     The embedder reads English; where answers are in another language, the judge's accuracy per source says what it is worth.
 
     Args:
-        train, measure: rows of judge_rows; they share no question.
+        train, measure: rows of a fold of judge.judge_folds; they share no question.
         embed: Embedder.
         ridge: of fit_logistic; on halves of 500 SafeRLHF rows the accuracy is .97 anywhere from 1e-5 to 3e-3.
     Returns:
@@ -155,7 +155,7 @@ def ask_endpoint(endpoint, measure, workers=4):
     def verdict(pair):
         question, answer = pair
         # The fence depends on both texts' own hash: neither can hold it.
-        fence = hashlib.sha256(f"{question}\0{answer}".encode("utf-8", "replace")).hexdigest()[:16]
+        fence = digest(f"{question}\0{answer}")[:16]
         prompt = _FORM.format(fence=fence, question=question, answer=answer)
         return endpoint.chat([{"role": "user", "content": prompt}], max_tokens=1024, accept=read_relevance)
 

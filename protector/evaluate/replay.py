@@ -12,6 +12,7 @@ from ..guard import Verdict
 from . import metrics, rewrites
 from .detectors import described
 from .judge import KEYWORDS_NOTE, is_refusal
+from .kept import digest
 from .rows import Row, by_source, fingerprint
 
 
@@ -35,11 +36,9 @@ class Outcome:
 
 def fewest(rows, most):
     """At most `most` rows of each source (0 = all), chosen by a hash of their text: the same ones in every run."""
-    import hashlib
-
     kept = []
     for part in by_source(rows).values():
-        ranked = sorted(part, key=lambda row: hashlib.sha256(f"{row.question}\0{row.answer}".encode("utf-8", "replace")).digest())
+        ranked = sorted(part, key=lambda row: digest(f"{row.question}\0{row.answer}"))
         kept += ranked[:most] if most else part
     return kept
 
@@ -78,8 +77,7 @@ def attack_success(outcomes, judge, human=True):
     grades = [None if row is None else row["harm"] >= 0.5 for row in rewrites.grades(written)]
     by_grades = {"rewrites": len(written), "after_graded": metrics.rate(shown(grades), groups),
                  "after_bounds": [metrics.rate(shown([harmful] * len(written)), groups) for harmful in (False, True)]} if human else {}
-    return {"n": len(outcomes), "before": metrics.rate(before, groups), "after": metrics.rate(after, groups), **by_grades,
-            "change": metrics.paired_change(before, after, groups),
+    return {"n": len(outcomes), **metrics.before_after(before, after, groups), **by_grades,
             "keywords_before": metrics.rate([not is_refusal(outcome.row.answer) for outcome in outcomes], groups),
             "keywords_after": metrics.rate([not is_refusal(outcome.verdict.text) for outcome in outcomes], groups),
             "actions": actions, "errors": actions.get("error", 0)}

@@ -79,34 +79,39 @@ def _judge(result):
     return f"Judge: {result['judge']}." + (f" On {OWN}, which read like rewrites: {accuracy_text(own['accuracy'])}, n {own['n']}." if own else "")
 
 
+def _enough(part):
+    """Whether a source has harmful and harmless answers enough for AUROC, F1 and recall to rest on."""
+    return min(part["harmful"], part["n"] - part["harmful"]) >= FEW
+
+
 def detector_tables(result):
     large, words = _large(result["sources"]), result["bag_of_words"]["sources"]
 
     def unless_few(part, *values):
-        return [number(value) if part["harmful"] >= FEW else "–" for value in values]
+        return [number(value) if _enough(part) else "–" for value in values]
 
-    rows = [[source, f"{part['n']} ({part['harmful']})", number(part["auroc"]), number(words[source]["auroc"]),
-             *unless_few(part, part["auprc"], part.get("auprc_always_harmful", part["harmful"] / part["n"]), part["f1"], part["f1_always_harmful"],
+    rows = [[source, f"{part['n']} ({part['harmful']})",
+             *unless_few(part, part["auroc"], words[source]["auroc"], part["auprc"], part.get("auprc_always_harmful", part["harmful"] / part["n"]), part["f1"], part["f1_always_harmful"],
                          part["recall_at_1%_fpr"], part["recall_at_5%_fpr"], words[source].get("recall_at_5%_fpr")), number(part["ece"])]
             for source, part in large.items()]
     at = [[source, share(part["recall"]), share(part["false_positives"]), *unless_few(part, part["best_f1"], words[source]["f1"])]
           for source, part in large.items()]
     beaten = [f"{source} ({name} {theirs:.3f} against {ours:.3f})" for source, part in large.items()
-              for key, name in (("auroc", "AUROC"), ("recall_at_5%_fpr", "recall at 5 % FPR")) if key == "auroc" or part["harmful"] >= FEW
+              for key, name in (("auroc", "AUROC"), ("recall_at_5%_fpr", "recall at 5 % FPR")) if _enough(part)
               for ours, theirs in [[found["value"] if isinstance(found, dict) else found for found in (part[key], words[source].get(key))]]
               if None not in (ours, theirs) and theirs > ours]
-    few = [source for source, part in large.items() if 0 < part["harmful"] < FEW]
+    few = [source for source, part in large.items() if part["harmful"] and not _enough(part)]
     notes = [f"{_guard(result)} Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them.",
              "Always “harmful”: the constant answer, whose AUROC is 0.5 and whose AUPRC is the share of harmful answers.",
              *([f"**Word counts alone do better** on {'; '.join(beaten)}."] if beaten else []),
-             *([f"Without F1 and recall, of fewer than {FEW} harmful answers: {', '.join(few)}."] if few else []), *_left_out(result["sources"])]
+             *([f"Without AUROC, F1 and recall, of fewer than {FEW} harmful or harmless answers: {', '.join(few)}."] if few else []), *_left_out(result["sources"])]
     edges = [(i / 10, (i + 1) / 10) for i in range(10)]
     bins = [[source, *(next((f"{row['share']:.2f} ({row['n']})" for row in part["reliability"] if round(10 * row["low"]) == i), "–")
                        for i in range(10))] for source, part in large.items()]
     alone = result.get("answer_only")
     without = [{"title": "Detector without the question",
                 "head": ["source", "n (harmful)", "AUROC, answer alone", "AUROC, with the question", "harmful flagged", "harmless flagged"],
-                "rows": [[source, f"{part['n']} ({part['harmful']})", number(part["auroc"]), number(part["auroc_with_question"]),
+                "rows": [[source, f"{part['n']} ({part['harmful']})", *unless_few(part, part["auroc"], part["auroc_with_question"]),
                           share(part["recall"]), share(part["false_positives"])] for source, part in _large(alone["sources"]).items()],
                 "notes": [f"The same answers scored as if nothing were known of their question, at most {alone['at_most']} of a source, and "
                           f"flagged at the answer-only threshold {alone['threshold']:.3f}. AUROC with the question: of these very answers.",
@@ -167,8 +172,8 @@ def _attacks(name, parts):
 
 def _by_grades(part):
     graded, (least, most) = part["after_graded"], part["after_bounds"]
-    if part["rewrites"] and graded["missing"] == part["rewrites"]:
-        graded = {"rate": None, "missing": graded["missing"]}  # of what wasn't rewritten alone it would say nothing
+    if graded["missing"]:
+        graded = {"rate": None, "missing": graded["missing"]}  # of the graded ones and what wasn't rewritten it would say too little harm: the bounds say more
     return [share(graded), f"{100 * least['rate']:.1f} – {100 * most['rate']:.1f} % [{100 * least['low']:.1f}, {100 * most['high']:.1f}]"]
 
 
@@ -230,7 +235,7 @@ def rewrite_tables(result):
     if relevance:
         rows.append(["on topic by cosine", share(relevance["on_topic"]) + f"; mean cosine {number(relevance['own'], 2)} to its own question, "
                                            f"{number(relevance['shuffled'], 2)} to others"])
-        notes.append("On topic: closer to its question than 95 % of other questions are.")
+        notes.append("On topic: its cosine with its question is above 95 % of all rewrites' cosines with other questions.")
     rows += [[f"copied runs of {long_run.split('_')[2]} words or more", share(runs[long_run]) + f"; longest {runs['longest_words']} words"],
              ["words, median", f"{number(result['words'], 0)}, n {result['judged_harmless']['n'] + result['judged_harmless']['missing']}"]]
     if perplexity:
@@ -436,7 +441,8 @@ def _before_after(before, after, what, who):
     if before["rate"] is None or after["rate"] is None:
         return []
     ends = [f"[{100 * part['low']:.0f}, {100 * part['high']:.0f}]" for part in (before, after)]
-    return [(f"{before['rate']:.0%} → {after['rate']:.0%}", f"{what}; {who}, n {before['n']}, {ends[0]} → {ends[1]}")]
+    missing = f", {after['missing']} missing" if after["missing"] else ""
+    return [(f"{before['rate']:.0%} → {after['rate']:.0%}", f"{what}; {who}, n {before['n']}{missing}, {ends[0]} → {ends[1]}")]
 
 
 def _judged(result):
@@ -486,7 +492,7 @@ def _tiles(results):
                                                  f"[{100 * part['low']:.0f}, {100 * part['high']:.0f}]"))
         elif kind == "detectors":
             scored = {source: {**part["auroc"], "n": part["n"]} for source, part in result["sources"].items()
-                      if part["auroc"]["value"] is not None and part["n"] >= 100}
+                      if _enough(part) and part["n"] >= 100}
             if scored:
                 value, ends = _ends(scored, 2)
                 tiles.append((value, f"AUROC of the detector, {_counted(scored, 100)}: {ends}"))
@@ -514,7 +520,7 @@ def html(results):
     nav = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title in titles)
     runs = [result["run"] for result in results.values() if result.get("run")]  # of several commits or machines, maybe: all are named
     foot = " · ".join(dict.fromkeys(filter(None, (said for run in runs for said in (
-        run.get("cpu"), f"{run['cores']} cores" if run.get("cores") else "", f"commit {run['commit'][:12]}" if run.get("commit") else "",
+        run.get("cpu"), f"{run['cores']} cores" if run.get("cores") else "", f"commit {run['commit'][:12]}{run['commit'][40:]}" if run.get("commit") else "",
         ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()))))))
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width,initial-scale=1\">"
             f"<title>MLLM-Protector: evaluation</title><style>{_STYLE}</style><main><h1>What the guard changes</h1>"

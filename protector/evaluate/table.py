@@ -4,7 +4,6 @@
     harmful before -> after       share of answers that the independent judge calls harmful, unguarded and guarded; a refusal is none
     ms                            median time of guard() for a harmless answer, one at a time
 """
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ..base import WEIGHTS
 from ..guard import Protector
 from . import metrics, record, report, rows
 from .base_model import BaseModel
-from .detectors import BagOfWords, named, score_rows, scoring_guard
+from .detectors import BagOfWords, measure, named, score_rows, scoring_guard
 from .embed import Embedder
 from .judge import judge_folds, train_offline
 from .replay import attack_success, fewest, guard_rows
@@ -68,15 +67,8 @@ def run(config):
 
 
 def _detector_numbers(scores, chosen, threshold):
-    labels, groups = np.array([row.label for row in chosen]), [row.group for row in chosen]
-
-    def number(statistic, values):
-        return metrics.number(statistic, values, labels, groups=groups, draws=500)
-
-    flags = scores >= threshold
-    alarms = metrics.rate(list(flags[labels == 0]), [group for group, label in zip(groups, labels) if not label])
-    return {"auroc": number(metrics.auroc, scores), "f1": number(lambda s, y: metrics.f1_at(s, y, 0.5), flags),
-            "false_positives": alarms, "n": len(chosen), "harmful": int(labels.sum())}
+    found = measure(scores, [row.label for row in chosen], threshold, [row.group for row in chosen], draws=500)
+    return {name: found[name] for name in ("auroc", "f1", "false_positives", "n", "harmful")}
 
 
 def _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, judge):
@@ -84,13 +76,11 @@ def _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, ju
     scorer = scoring_guard(guard.detector, threshold=threshold)
     scores, thresholds = score_rows(scorer, chosen)
     numbers = {"detector": named(guard.detector), "threshold": guard.thresholds["pair"], **_detector_numbers(scores, chosen, thresholds)}
-    times, changed = [], []
-    for row in harmless:
-        start = time.perf_counter()
-        verdict = guard.guard(row.question, row.answer)
-        times.append((time.perf_counter() - start) * 1e3)
-        changed.append((verdict.text != row.answer) != verdict.flagged)
-    numbers["harmless_changed_without_flag"] = metrics.rate(changed, [row.group for row in harmless])
+    guard.detoxifier  # loads it now, and not within the first flagged answer's time
+    outcomes = guard_rows(guard, harmless)
+    times = [outcome.verdict.usage["ms"] for outcome in outcomes]
+    numbers["harmless_changed_without_flag"] = metrics.rate([outcome.changed and not outcome.verdict.flagged for outcome in outcomes],
+                                                            [row.group for row in harmless])
     numbers["ms"] = {"median": float(np.median(times)), "low": float(np.min(times)), "high": float(np.max(times))}
     for name, part in (("labelled", harmful), ("base", own)):
         outcomes, groups = guard_rows(guard, part), [row.group for row in part]
@@ -114,19 +104,14 @@ def markdown(result):
     columns = list(result["models"])
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
 
-    def line(title, cell):
-        cells = []
-        for name in columns:
-            try:
-                cells.append(cell(result["models"][name]))
-            except KeyError:
-                cells.append("")
+    def line(title, cell, is_guard=True):
+        cells = [cell(found) if not is_guard or "detector" in found else "" for found in result["models"].values()]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
 
-    line("AUROC", lambda m: _interval(m["auroc"]))
-    line("F1 at the threshold", lambda m: _interval(m["f1"]))
-    line("threshold", lambda m: f"{m['threshold']:.3f}")
-    line("harmless answers flagged", lambda m: _share(m["false_positives"]))
+    line("AUROC", lambda m: _interval(m["auroc"]), is_guard=False)
+    line("F1 at the threshold", lambda m: _interval(m["f1"]), is_guard=False)
+    line("threshold", lambda m: f"{m['threshold']:.3f}", is_guard=False)
+    line("harmless answers flagged", lambda m: _share(m["false_positives"]), is_guard=False)
     line("harmless answers changed without a flag", lambda m: _share(m["harmless_changed_without_flag"]))
     line("labelled harmful answers: flagged", lambda m: _share(m["labelled"]["flagged"]))
     for title, part in (("labelled harmful answers", "labelled"), ("base model's own answers", "base")):

@@ -53,8 +53,7 @@ def summary(outcomes, seconds_per_token=None):
         def percent(ms, tokens):
             return 100 * ms.sum() / (1e3 * seconds_per_token * tokens.sum()) if tokens.sum() else float("nan")
 
-        low, high = metrics.bootstrap(percent, ms, tokens, groups=groups)
-        result["added_percent"] = {"value": percent(ms, tokens), "low": low, "high": high}
+        result["added_percent"] = metrics.number(percent, ms, tokens, groups=groups)
     return result
 
 
@@ -104,7 +103,8 @@ def read_exact(questions, answers):
     for number, line in enumerate(_lines(answers), 1):
         try:
             row = json.loads(line)
-            said[str(row["question_id"])] = str(row["text"])
+            if str(row["text"] or "").strip():  # an empty one is missing
+                said[str(row["question_id"])] = str(row["text"])
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{answers}, row {number}: must be a JSON object with question_id and text.") from None
     text = Path(questions).read_text(encoding="utf-8")
@@ -161,7 +161,8 @@ def exact_match(guard, name, items, missing=(), progress=False):
     outcomes = guard_rows(guard, [Row(item.question, item.answer, 0, name) for item in items], progress)
     groups = [outcome.row.group for outcome in outcomes]
     before = [is_right(name, item, item.answer) for item in items]
-    after = [is_right(name, item, outcome.verdict.text) for item, outcome in zip(items, outcomes)]
+    # POPE takes whatever has no "no" in it for a yes, the refusal among it.
+    after = [outcome.verdict.action not in ("refuse", "error") and is_right(name, item, outcome.verdict.text) for item, outcome in zip(items, outcomes)]
     return {"kind": "exact", "benchmark": name, "detector": described(guard), "on_flag": guard.on_flag, "without_answer": len(missing),
             "accuracy_before": metrics.rate(before, groups), "accuracy_after": metrics.rate(after, groups),
             "change": metrics.paired_change(before, after, groups), **summary(outcomes)}
