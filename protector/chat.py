@@ -2,9 +2,10 @@
 
     request     question = texts of the user since the last answer; history = earlier (user, assistant) pairs;
                 prefill = an assistant message at the end: it is scored in front of what the model adds to it
-    answer      content, reasoning_content, reasoning    guarded as they stream, each on its own
+    answer      content, reasoning                       guarded as they stream, each on its own; reasoning_content is the latter's other name
                 refusal, tool calls                      held until the choice ends, then scored whole; so are names that say something
-                                                         by themselves, and all names and ids together
+                                                         by themselves, all names and ids together, and all arguments together
+                what stands around the choices           numbers and short names that say nothing; in a stream those that came first
                 logprobs and other extras                dropped, for they could show unscored text, and listed
                 anything else                            the error policy
 
@@ -12,6 +13,7 @@ The texts of a whole answer share one deadline; in a stream each text has its ow
 
 Nothing here waits or does I/O: the server and the integrations run these functions in threads.
 """
+import hashlib
 import json
 import logging
 import math
@@ -20,27 +22,45 @@ from dataclasses import dataclass, field
 
 from .errors import ProtectorError
 from .guard import _checked
+from .normalise import normalised
 from .stream import StreamGuard, _deadline
 
 logger = logging.getLogger("protector")
 ACTIONS = ("pass", "rewrite", "refuse", "error")  # from the mildest
 MAX_EVENT_BYTES = 1 << 20  # of one server-sent event
+MAX_MODEL_CHARS = 200  # of a request's model, which may be said in each chunk of the answer
 MAX_CALLS = 128  # tool calls of one choice; all they say together has at most the guard's max_bytes
-_STREAMED = ("reasoning_content", "reasoning", "content")
-_TEXTS = _STREAMED + ("refusal",)
-_ENVELOPE = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
+_STREAMED = ("reasoning", "content")  # channels; the others wait for the end
+# Field -> channel. Servers name the reasoning one way or the other, or both ways, and clients show it in one box.
+_CHANNELS = {"content": "content", "reasoning": "reasoning", "reasoning_content": "reasoning", "refusal": "refusal"}
+_ENVELOPE = ("id", "created", "model", "system_fingerprint", "service_tier")
+_FINISH_REASONS = ("stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error", "eos_token", "stop_sequence", "end_turn",
+                   "max_tokens", "tool_use", "STOP", "MAX_TOKENS")
+# Of OpenAI, vLLM, llama.cpp, DeepSeek, Anthropic, LiteLLM and LangChain. A key of the upstream's own choice would be text.
+_USAGE = frozenset("""
+    prompt_tokens completion_tokens total_tokens prompt_tokens_details completion_tokens_details cached_tokens cache_write_tokens
+    reasoning_tokens audio_tokens text_tokens image_tokens video_tokens accepted_prediction_tokens rejected_prediction_tokens
+    prompt_cache_hit_tokens prompt_cache_miss_tokens cache_creation_tokens cache_creation_input_tokens cache_read_input_tokens
+    input_tokens output_tokens input_tokens_details output_tokens_details input_token_details output_token_details
+    audio reasoning cache_read cache_creation ephemeral_5m_input_tokens ephemeral_1h_input_tokens
+""".split())
+_DROPPED = frozenset("""
+    logprobs prompt_logprobs prompt_token_ids token_ids kv_transfer_params timings stop_reason matched_stop native_finish_reason
+    provider citations prompt_filter_results content_filter_results
+""".split())  # known fields that are left out; "other" stands for the rest
 _REPEATS = ("annotations", "provider_specific_fields", "thinking_blocks")  # of other fields' text, or notes on it
 _CALL_TEXTS = (("function", "arguments"), ("custom", "input"))  # kind of a tool call, and its field with text
-_NAME = re.compile(r"[\w.:/@+\\-]{0,200}")  # what a server writes around the choices
+_NAME = re.compile(r"[A-Za-z0-9_.:/@+-]{0,96}")  # what a server writes around the choices
 # Names and ids of tool calls, which a model may write. OpenAI takes [A-Za-z0-9_-]{1,64} only, but other servers pass on what MCP
 # allows: dots, slashes, 128 characters. That has room for a sentence, so what looks like one is scored.
 _CALL_NAME = re.compile(r"[A-Za-z0-9_.:/@+-]{0,128}")
 _SPEAKS = re.compile(r"[A-Za-z]+(?:[^A-Za-z0-9]+[A-Za-z]+){3}|[A-Za-z]{20}")  # four words, or twenty letters in a row
 _BORDERS = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])")  # between the words of a name
+_SIGNS = re.compile(r"[^A-Za-z0-9]+")  # likewise, where digits stand for letters
 _ID_START = re.compile(r"^(?:call|tooluse|toolu|chatcmpl-tool|fc)[_-]+")  # of ids that servers make at random
+_HEX_ID = re.compile(r"[0-9a-f-]*")
 _WORD = re.compile(r"(?=[A-Za-z]{0,3}[aeiouyAEIOUY])(?:[A-Za-z][a-z]{3}|[A-Z]{4})")  # two in five random ids of 24 signs have none
 _ESCAPES = re.compile(r'(?:\\(?:u[0-9A-Fa-f]{4}|["\\/bfnrt]))+')  # of JSON; a run, because two make one letter beyond U+FFFF
-_IDENTIFIER = re.compile(r"[a-z_]{1,40}")
 
 
 class BadRequest(ProtectorError, ValueError):
@@ -64,6 +84,7 @@ class ChatRequest:
     prefill: str = field(default="", repr=False)  # start of the answer, given by the client
     n: int = 1  # choices
     stream: bool = False
+    model: str = field(default="", repr=False)  # shown where the upstream's name for it could be a sentence
 
 
 @dataclass
@@ -72,6 +93,7 @@ class _Parts:
 
     texts: dict = field(default_factory=dict)  # channel -> text
     values: dict = field(default_factory=dict)  # channel -> as it came: a str or text parts
+    names: dict = field(default_factory=dict)  # channel -> fields that hold its text
     calls: list = field(default_factory=list)  # tool calls, or pieces of them
     dropped: set = field(default_factory=set)
 
@@ -114,7 +136,9 @@ def read_request(payload, max_choices=8):
         elif message["role"] == "assistant" and text:  # without text it is no answer that could part two questions
             history.append((_joined(asked), text))
             is_answered = True
-    return ChatRequest(_joined(asked), tuple(history), prefill, n or 1, bool(stream))
+    model = payload.get("model")
+    return ChatRequest(_joined(asked), tuple(history), prefill, n or 1, bool(stream),
+                       model if isinstance(model, str) and len(model) <= MAX_MODEL_CHARS else "")
 
 
 def _joined(texts):
@@ -158,9 +182,9 @@ def _read(message):
         if key == "role":
             if value not in (None, "", "assistant"):
                 raise _Unreadable
-        elif key in _TEXTS:
+        elif key in _CHANNELS:
             if value is not None:
-                parts.texts[key], parts.values[key] = _answer_text(value), value
+                _read_text(parts, key, value)
         elif value is None or value in ("", [], {}):
             continue
         elif key == "tool_calls":
@@ -172,6 +196,18 @@ def _read(message):
         else:
             raise _Unreadable
     return parts
+
+
+def _read_text(parts, key, value):
+    """One channel's text: what its second field has more than the first goes behind the first one's."""
+    channel, text = _CHANNELS[key], _answer_text(value)
+    before = parts.texts.get(channel)
+    if not before:
+        parts.texts[channel], parts.values[channel], parts.names[channel] = text, value, [key]
+    elif text == before:
+        parts.names[channel].append(key)
+    else:
+        parts.texts[channel] = parts.values[channel] = before + text
 
 
 def _answer_text(value):
@@ -210,28 +246,39 @@ def _call_name(value):
     return value
 
 
-def _n_chars(call):
-    """Characters of a tool call's text."""
-    return sum(len(call[kind][text_field]) for kind, text_field in _CALL_TEXTS if kind in call)
+def _n_bytes(call):
+    """Bytes of a tool call's text, and one that parts it from the next one's."""
+    return 1 + sum(len(call[kind][text_field].encode("utf-8", "surrogatepass")) for kind, text_field in _CALL_TEXTS if kind in call)
 
 
 def _calls_texts(calls):
-    """What tool calls say, in each form that must be scored: arguments or input, again behind names that say something, all names once.
+    """What tool calls say, in each form that must be scored: arguments or input, again behind names that say something, all of them
+    together, all names once, and again where digits stand for letters in them.
 
     Trap: not only behind them. A harmless name in front hides harm: with "final answer" 20 of the self-test's 40 harmful answers
     were flagged as arguments, without it 25. Nor each name alone: three words of each of many calls are a text.
     """
-    scored, all_names, alone = [], {}, set()
+    scored, all_names, spelled, alone = [], {}, {}, set()
+    bodies, all_keys, n_bodies = [], {}, 0  # n_bodies: with words that no earlier one has as a key
     for call in calls:
-        texts = _unescaped("".join(call[kind][text_field] for kind, text_field in _CALL_TEXTS if kind in call))
+        texts, body, keys = _unescaped("".join(call[kind][text_field] for kind, text_field in _CALL_TEXTS if kind in call))
         names = [_words(call[kind]["name"] or "") for kind, _ in _CALL_TEXTS if kind in call]
         all_names |= dict.fromkeys(filter(None, [_id_words(call["id"] or ""), *names]))
+        spelled |= dict.fromkeys([_id_spelled(call["id"] or ""), *(_spelled(call[kind]["name"] or "") for kind, _ in _CALL_TEXTS if kind in call)])
         # An id as it is: the digits of a random one part no words before its arguments.
         said = _words(" ".join(filter(_SPEAKS.search, [call["id"] or "", *names])))
         alone.add(said)
         scored += texts + [f"{said} {texts[-1]}"] if said else texts
-    joined = " ".join(all_names)
-    return scored + [joined] if _SPEAKS.search(joined) and joined not in alone else scored
+        n_bodies += any(map(str.isalpha, "".join([body, *(key for key in keys if key not in all_keys)])))
+        bodies.append(body)
+        all_keys |= dict.fromkeys(keys)
+    if n_bodies > 1:
+        scored.append(_joined([*bodies, *all_keys]))
+    joined, spelled = " ".join(all_names), " ".join(filter(None, spelled))
+    if _SPEAKS.search(joined) and joined not in alone:
+        scored.append(joined)
+    view = normalised(spelled)
+    return scored + [view] if view != spelled and _SPEAKS.search(view) else scored
 
 
 def _words(name):
@@ -241,54 +288,92 @@ def _words(name):
 def _id_words(value):
     """The words of an id; none of a random one, which is hexadecimal or has no four letters that could be a word."""
     value = _ID_START.sub("", value)
-    return _words(value) if _WORD.search(value) and not re.fullmatch(r"[0-9a-f-]*", value) else ""
+    return _words(value) if _WORD.search(value) and not _HEX_ID.fullmatch(value) else ""
 
 
-def _unescaped(text):
-    """[text]; where JSON hides letters in escapes, [the strings in it]; where that is broken or cut, [text, text without escapes]."""
-    if "\\" not in text:
-        return [text]
-    strings = []
+def _spelled(name):
+    return _SIGNS.sub(" ", name).strip()
 
-    def collect(value):
+
+def _id_spelled(value):
+    """An id of four parts or more; a random one has fewer, or is hexadecimal."""
+    value = _ID_START.sub("", value)
+    return _spelled(value) if len(_SIGNS.split(value)) > 3 and not _HEX_ID.fullmatch(value) else ""
+
+
+def _strings(text):
+    """The strings of JSON in their order, each with whether it is a key; ValueError or RecursionError if it is none."""
+    found = []
+
+    def collect(value, is_key=False):
         if isinstance(value, str):
-            strings.append(value)
-        elif isinstance(value, (list, tuple)):
+            found.append((value, is_key))
+        elif isinstance(value, tuple):  # of an object
+            collect(value[0], True)
+            collect(value[1])
+        elif isinstance(value, list):
             for item in value:
                 collect(item)
 
+    collect(json.loads(text, strict=False, object_pairs_hook=list))  # not strict: readers take raw line ends in strings
+    return found
+
+
+def _unescaped(text):
+    """(forms to score, what its values say, its keys) of a tool call's text.
+
+    The forms are [text]; where JSON hides letters in escapes, [the strings in it]; where that is broken or cut, [text, text without
+    escapes].
+    """
     try:
-        collect(json.loads(text, strict=False, object_pairs_hook=list))  # not strict: readers take raw line ends in strings
+        strings = _strings(text)
     except (ValueError, RecursionError):  # readers may still take what there is of it
-        return [text, _ESCAPES.sub(lambda match: json.loads(f'"{match[0]}"'), text)]
-    return ["\n".join(strings)]
+        forms = [text, _ESCAPES.sub(lambda match: json.loads(f'"{match[0]}"'), text)] if "\\" in text else [text]
+        return forms, forms[-1], []
+    forms = ["\n".join(string for string, _ in strings)] if "\\" in text else [text]
+    return forms, _joined(string for string, is_key in strings if not is_key), [string for string, is_key in strings if is_key]
 
 
-def _envelope(response, dropped):
-    """Fields around the choices: short names and numbers; what is left out is listed."""
+def _envelope(response, request, dropped):
+    """Fields around the choices: numbers and short names that say nothing; what is left out is listed."""
     kept = {}
     for key, value in response.items():
-        if key in _ENVELOPE and (isinstance(value, (int, float)) or isinstance(value, str) and _NAME.fullmatch(value)):
+        if key in ("object", "choices", "usage"):
+            continue
+        if key in _ENVELOPE and (_is_number(value) or isinstance(value, str) and _NAME.fullmatch(value) and not _speaks(value)):
             kept[key] = value
-        elif key not in ("choices", "usage") and value not in (None, "", [], {}):
+        elif key == "model" and request.model:
+            kept[key] = request.model
+        elif key == "id" and isinstance(value, str):
+            kept[key] = "chatcmpl-" + hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+        elif value not in (None, "", [], {}):
             dropped.add(_label(key))
     return kept
 
 
+def _speaks(name):
+    """Whether a name has room for a sentence, its words parted by signs, by digits or not at all."""
+    return bool(_SPEAKS.search(name)) or len(_WORD.findall(name)) > 3
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and abs(value) < 2 ** 63  # neither NaN nor a number whose digits are a text
+
+
 def _label(key):
-    return key if isinstance(key, str) and _IDENTIFIER.fullmatch(key) else "other"
+    return key if key in _DROPPED or key in _ENVELOPE else "other"
 
 
-def _numbers(value):
-    """A usage object without anything but numbers."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()
-                if isinstance(item, (int, float, dict)) and _IDENTIFIER.fullmatch(str(key))}
-    return value
+def _numbers(usage, inner=True):
+    """The known numbers of a usage object, and those of objects in it."""
+    kept = {key: value for key, value in usage.items() if key in _USAGE and _is_number(value)}
+    if inner:
+        kept |= {key: _numbers(value, False) for key, value in usage.items() if key in _USAGE and isinstance(value, dict)}
+    return kept
 
 
 def _finish_reason(value):
-    return value if isinstance(value, str) and _IDENTIFIER.fullmatch(value) else None
+    return value if value in _FINISH_REASONS else "stop" if value else None
 
 
 def _unreadable(protector):
@@ -352,7 +437,7 @@ def guard_completion(protector, request, response, check=None):
     if not isinstance(choices, list) or not 1 <= len(choices) <= request.n or response.get("error"):
         raise UpstreamError("chat: upstream must send a chat completion with at most n choices, got another answer.")
     dropped, action, guarded = set(), "pass", []
-    envelope = _envelope(response, dropped)
+    envelope = {"object": "chat.completion", **_envelope(response, request, dropped)}
     for position, choice in enumerate(choices):
         guarded.append(_guard_choice(protector, request, choice, position, dropped, check))
         action = _worse(action, guarded[-1]["protector"]["action"])
@@ -368,7 +453,7 @@ def _guard_choice(protector, request, choice, position, dropped, check):
                          if key not in ("index", "message", "finish_reason") and value not in (None, "", [], {})}
     try:
         parts = _read(choice.get("message"))
-        if sum(map(_n_chars, parts.calls)) > protector.max_bytes:
+        if sum(map(_n_bytes, parts.calls)) > protector.max_bytes:
             raise _Unreadable
     except _Unreadable:
         _unreadable(protector)
@@ -378,12 +463,18 @@ def _guard_choice(protector, request, choice, position, dropped, check):
     message, action, flagged, filtered, top = {"role": "assistant", "content": None}, "pass", False, False, None
     deadline = _deadline(protector, check)
     for channel, text in parts.texts.items():
-        whole = (request.prefill if channel == "content" else "") + text
-        verdict = _guard(protector, request, whole, deadline)
-        kept = verdict.text == whole
+        value, views = parts.values[channel], [text]
+        if isinstance(value, list) and len(value) > 1:  # clients show parts in a row or as paragraphs
+            views.append("\n".join(part["text"] for part in value))
+        for view in views:
+            whole = (request.prefill if channel == "content" else "") + view
+            verdict = _guard(protector, request, whole, deadline)
+            kept = verdict.text == whole
+            action, flagged, top = _worse(action, verdict.action), flagged or verdict.flagged, _larger(top, verdict.score)
+            if not kept:
+                break
         filtered = filtered or not kept and verdict.action != "rewrite"
-        message[channel] = parts.values[channel] if kept else verdict.text
-        action, flagged, top = _worse(action, verdict.action), flagged or verdict.flagged, _larger(top, verdict.score)
+        message |= dict.fromkeys(parts.names[channel], value if kept else verdict.text)
         if channel == "content" and not kept and verdict.action != "rewrite":
             parts.calls = []  # the answer is refused, and what it wanted done with it
     if parts.calls:
@@ -414,22 +505,26 @@ class EventReader:
     """
 
     def __init__(self):
-        self._bytes, self._data, self._event = b"", [], ""
+        self._parts, self._n_bytes = [], 0  # of the line under way
+        self._data, self._n_data, self._event = [], 0, ""  # n_data: characters with their line ends, for a line may be empty
 
     def feed(self, data):
         """Events that are whole now: ("comment", ""), ("data", text) or ("unknown", "")."""
-        self._bytes += data
-        *lines, self._bytes = self._bytes.split(b"\n")
+        *lines, rest = data.split(b"\n")
         events = []
         for line in lines:
+            line, self._parts, self._n_bytes = b"".join([*self._parts, line]), [], 0
             events += self._line(line.removesuffix(b"\r"))
-        if len(self._bytes) + sum(map(len, self._data)) > MAX_EVENT_BYTES:
+        if rest:
+            self._parts.append(rest)
+            self._n_bytes += len(rest)
+        if self._n_bytes + self._n_data > MAX_EVENT_BYTES:
             raise UpstreamError(f"chat: an upstream event must have at most {MAX_EVENT_BYTES} bytes.")
         return events
 
     def end(self):
         """What the last bytes hold; a server may leave out the last empty line."""
-        return self.feed(b"\n\n") if self._bytes or self._data else []
+        return self.feed(b"\n\n") if self._parts or self._data else []
 
     def _line(self, line):
         try:
@@ -437,7 +532,7 @@ class EventReader:
         except UnicodeDecodeError:
             raise UpstreamError("chat: upstream events must be UTF-8.") from None
         if not line:
-            data, event, self._data, self._event = "\n".join(self._data), self._event, [], ""
+            data, event, self._data, self._n_data, self._event = "\n".join(self._data), self._event, [], 0, ""
             if event not in ("", "message"):
                 return [("unknown", "")]
             return [("data", data)] if data else []
@@ -447,6 +542,7 @@ class EventReader:
             return [("comment", "")]
         if name == "data":
             self._data.append(value)
+            self._n_data += len(value) + 1
         elif name == "event":
             self._event = value
         elif name not in ("id", "retry"):
@@ -470,6 +566,7 @@ class ChatStream:
     def __init__(self, protector, request, hold=8, check=None):
         self.protector, self.request, self.hold, self.check = protector, request, hold, check
         self.choices, self.dropped, self._fields, self._out = {}, set(), {}, []
+        self._usage, self._has_usage = {}, False  # the latest, and whether one was sent
 
     @property
     def stopped(self):
@@ -496,13 +593,12 @@ class ChatStream:
         if not isinstance(chunk, dict) or chunk.get("error"):
             raise UpstreamError("chat: upstream must send chunks of a chat completion, got an error or another thing.")
         choices, usage = chunk.get("choices"), chunk.get("usage")
-        self._fields |= _envelope(chunk, self.dropped)
+        # What came first stays: in fields that change from chunk to chunk there is room for a text. Some first chunks have empty ones.
+        self._fields = _envelope(chunk, self.request, self.dropped) | {key: value for key, value in self._fields.items() if value}
         if not isinstance(choices, list) or not choices:
             if not isinstance(usage, dict) and choices != []:
                 return self.refuse()
-            if isinstance(usage, dict):
-                self._send({"choices": [], "usage": _numbers(usage)})
-            return self._taken()
+            choices = []
         for choice in choices:
             index = choice.get("index", 0) if isinstance(choice, dict) else None
             if not isinstance(index, int) or not 0 <= index < self.request.n:
@@ -517,8 +613,10 @@ class ChatStream:
                 self.choices[index].take(parts, _finish_reason(choice.get("finish_reason")))
             except _Unreadable:
                 self.choices[index].refuse()
-        if isinstance(usage, dict) and self._out:
-            self._out[-1]["usage"] = _numbers(usage)
+        if isinstance(usage, dict):
+            self._usage = _numbers(usage)
+            if self.complete:
+                self._send_usage()
         return self._taken()
 
     def finish(self):
@@ -531,6 +629,7 @@ class ChatStream:
             raise UpstreamError("chat: upstream must send at least one choice, got none.")
         for choice in self.choices.values():
             choice.finish("stop")
+        self._send_usage()
         return self._taken()
 
     def refuse(self):
@@ -557,6 +656,13 @@ class ChatStream:
         for choice in self.choices.values():
             choice.close()
 
+    def _send_usage(self):
+        """Once: with the chunk that ends the answer, or after it."""
+        if self._usage and not self._has_usage:
+            if not self._out:
+                self._send({"choices": []})
+            self._out[-1]["usage"], self._has_usage = self._usage, True
+
     def _send(self, fields):
         self._out.append({"object": "chat.completion.chunk", **self._fields, **fields})
 
@@ -572,7 +678,8 @@ class _Choice:
         self.stream, self.index, self.protector = stream, index, stream.protector
         self.channel, self.guard = None, None  # the open channel and its guard
         self.scored = {}  # channel -> text that a finished guard let through
-        self.held = {}  # channel -> text that waits for the end
+        self.held = {}  # channel -> texts that wait for the end
+        self.names = {}  # channel -> fields that its text goes out in, those of its first text
         self.calls = {}  # index -> tool call so far
         self.replaced, self.visible, self.skip, self.n_held = set(), set(), 0, 0
         self.action, self.flagged, self.filtered, self.score = "pass", False, False, None
@@ -585,6 +692,7 @@ class _Choice:
             self._delta({})
         for channel, text in parts.texts.items():
             if text and not self.ended:
+                self.names.setdefault(channel, parts.names[channel])
                 self._text(channel, text)
         for call in parts.calls:
             self._call(call)
@@ -596,11 +704,11 @@ class _Choice:
             return
         if channel == self.channel:
             return self._show(channel, self.guard.push(text))
-        text = self.held.pop(channel, "") + text
+        self.held.setdefault(channel, []).append(text)
         # A guard opens at the first text that isn't white space: newlines between two channels aren't a turn.
         if channel not in _STREAMED or channel in self.scored or not text.strip():
-            self.held[channel] = text
             return self._hold(len(text))
+        text = "".join(self.held.pop(channel))
         self._close_channel()
         if self.ended:
             return
@@ -625,11 +733,11 @@ class _Choice:
                 if piece[kind]["name"] not in (None, "", inner["name"]):  # a piece, as clients join them; some servers say the whole again
                     inner["name"] = _call_name((inner["name"] or "") + piece[kind]["name"])
                 inner[text_field] += piece[kind][text_field]
-        self._hold(1 + _n_chars(piece))
+        self._hold(_n_bytes(piece))
 
-    def _hold(self, n_chars):
-        """Count what waits for the end: an upstream can't make it grow without bound."""
-        self.n_held += n_chars
+    def _hold(self, n):
+        """Count what waits for the end, characters or bytes: an upstream can't make it grow without bound."""
+        self.n_held += n
         if self.n_held > self.protector.max_bytes:
             self.refuse()
 
@@ -654,13 +762,13 @@ class _Choice:
             text, self.skip = text[self.skip:], max(self.skip - len(text), 0)
         if text:
             self.visible.add(channel)
-            self._delta({channel: text})
+            self._say(channel, text)
 
     def _replace(self, channel, action, text):
         self.action, self.flagged = _worse(self.action, action), self.flagged or action != "error"
         self.filtered = self.filtered or action != "rewrite"
         self.replaced.add(channel)
-        self._delta({channel: ("\n\n" if channel in self.visible else "") + text})
+        self._say(channel, ("\n\n" if channel in self.visible else "") + text)
         if channel == "content" or action == "error":
             self._end(None)
 
@@ -678,9 +786,10 @@ class _Choice:
             return
         self._close_channel()
         request, deadline = self.stream.request, _deadline(self.protector, self.stream.check)
-        for channel, text in self.held.items():
+        for channel, texts in self.held.items():
             if self.ended or channel in self.replaced:
                 continue
+            text = "".join(texts)
             whole = self.scored.get(channel, "") + text
             verdict = _guard(self.protector, request, whole, deadline)
             self.score = _larger(self.score, verdict.score)
@@ -714,6 +823,9 @@ class _Choice:
         reason = "content_filter" if self.filtered else reason or "stop"
         note = _note(self.protector, self.action, self.flagged, self.stream.dropped, self.score)
         self.stream._send({"choices": [{"index": self.index, "delta": {}, "finish_reason": reason, "protector": note}]})
+
+    def _say(self, channel, text):
+        self._delta(dict.fromkeys(self.names.get(channel, [channel]), text))
 
     def _delta(self, delta):
         if not self.has_role:

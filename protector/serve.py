@@ -43,6 +43,7 @@ logger = logging.getLogger("protector")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_HEADER_BYTES = 16 * 1024
 MAX_ANSWER_BYTES = 16 << 20  # of an upstream's whole answer
+MAX_ANSWER_VALUES = 2_000_000  # commas in it: 4,096 tokens with 20 top_logprobs each have 0.6 million
 # Commas in a request. Trap: json.loads holds the interpreter, and so the event loop: 0.86 s for 16 million numbers, 0.02 s for these,
 # 0.03 s for 31 MiB of one image, which has none.
 MAX_VALUES = 500_000
@@ -249,10 +250,12 @@ class Server:
             return lambda scope, receive, send: self._stream_chat(request, body, sent, scope, receive, send)
         async with self._upstream(body, sent) as response:
             answer = bytearray()
-            async for part in response.aiter_bytes():
+            async for part in response.aiter_raw():
                 answer += part
                 if len(answer) > MAX_ANSWER_BYTES:
                     raise UpstreamError(f"serve: upstream's answer must have at most {MAX_ANSWER_BYTES} bytes.")
+        if answer.count(b",") > MAX_ANSWER_VALUES:
+            raise UpstreamError(f"serve: upstream's answer must have at most {MAX_ANSWER_VALUES} values.")
         guarded, action = await self.work(self._answers, lambda: guard_completion(self.protector, request, _parse_upstream(answer), check_cancelled))
         self.metrics.count("protector_answers_total", action=action)
         return _json(guarded, headers={"x-protector-action": action})
@@ -264,11 +267,15 @@ class Server:
             async with self.client.stream("POST", self.upstream_url, content=body, headers=headers) as response:
                 if 400 <= response.status_code < 500:
                     # Its own message may quote the question.
-                    retry = {"retry-after": value} if (value := response.headers.get("retry-after", "")).isdigit() else {}
+                    after = response.headers.get("retry-after", "")
+                    retry = {"retry-after": after} if after.isascii() and after.isdigit() else {}
                     raise _Refused(response.status_code, f"serve: upstream refused the request with status {response.status_code}.",
                                    **retry)
                 if response.status_code != 200:
                     raise UpstreamError(f"serve: upstream must answer with status 200, got {response.status_code}.")
+                if response.headers.get("content-encoding", "identity").lower() != "identity":
+                    # Trap: httpx unpacks any number of layers, each part whole, before its size can be looked at.
+                    raise UpstreamError("serve: upstream must not compress its answer, got a content-encoding.")
                 yield response
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise UpstreamError(f"serve: upstream must answer, got {type(error).__name__}.") from None
@@ -308,7 +315,7 @@ class Server:
     async def _pump(self, state, response, show):
         """Move events from the upstream through the guard to the client, until all choices have ended."""
         reader, said_done = EventReader(), False
-        parts = response.aiter_bytes()
+        parts = response.aiter_raw()
         while True:
             with anyio.move_on_after(state.time_left_s()) as waiting:
                 data = await anext(parts, None)

@@ -40,7 +40,8 @@ from .template import well_formed
 logger = logging.getLogger("protector")
 STEP_TOKENS = 9  # scored in one step, while more text comes; the last step takes what there is
 VIEW_TOKENS = 32  # a disguised stream's normalised view is scored at the step's end at which so many tokens have come
-VIEW_CHARS = 1024  # of the text before these tokens are read with them
+VIEW_CHARS = 1024  # of the text before these tokens are read with them, at most
+VIEW_BACK_TOKENS = 320  # likewise, once a view was scored: a script of many tokens a character costs no more than another
 _LOOK_CHARS = 64  # likewise where the view is only compared, not scored
 _CJK = "\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 # Trap: only where every Unicode version agrees on what is a letter, a sign and white space.
@@ -349,16 +350,17 @@ class StreamGuard:
             text = well_formed(self._tail if at_mark else self._tail[-n_new - _LOOK_CHARS:])
             view = normalised(text)
             self._is_disguised = view != text and bool(view.strip())
-        self._is_suspect = self._is_suspect and not at_mark
+        self._is_suspect, n_kept = self._is_suspect and not at_mark, VIEW_CHARS
         if at_mark and self._is_disguised:
             score, usage = self._score_view(view)
             self._view = max(self._view, _less(score))
             self._n_fragments, self._fragment_tokens = self._n_fragments + 1, self._fragment_tokens + usage["tokens"]
             self._is_suspect = self._refuses(score)
+            n_kept = min(n_kept, len(text) * VIEW_BACK_TOKENS // max(usage["tokens"], 1))
         if (at_mark or not self._is_disguised) and not self._is_suspect:
             self._n_viewed = self._n_fed
         if at_mark:
-            self._view_at, self._tail, self._is_disguised = len(self._ids), self._tail[-VIEW_CHARS:], False
+            self._view_at, self._tail, self._is_disguised = len(self._ids), self._tail[-n_kept:], False
 
     def _score_view(self, view):
         """(score, usage) of the whole normalised view or a part of it."""

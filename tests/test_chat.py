@@ -122,6 +122,21 @@ def test_an_endless_event_is_an_error():
             reader.feed(b"x" * 65536)
 
 
+def test_58_an_event_of_empty_lines_is_bounded_and_reading_one_is_linear():
+    """Regression: empty lines of data counted nothing, and all bytes and lines so far were copied and counted again at each network part."""
+    reader = EventReader()
+    with pytest.raises(UpstreamError, match="at most 1048576 bytes"):
+        for _ in range(60):
+            reader.feed(b"data:\n" * 20_000)
+    start, reader = time.monotonic(), EventReader()
+    for _ in range(500_000):
+        reader.feed(b"x")
+    assert time.monotonic() - start < 5  # 0.2 s; copied each time, 125 GB
+    reader = EventReader()
+    for _ in range(3):  # the count ends with the event
+        assert len(reader.feed(b"data: " + b"x" * 1_000_000 + b"\n\n")) == 1
+
+
 def test_bytes_that_are_no_text_are_an_error():
     with pytest.raises(UpstreamError, match="UTF-8"):
         EventReader().feed(b"data: \xff\n\n")
@@ -185,6 +200,51 @@ def test_31_all_that_a_tool_call_says_is_scored(protector, call):
     assert guarded["choices"][0]["message"] == {"role": "assistant", "content": protector.refusal}
     content, _, last, _ = run(protector, chunk({"tool_calls": [{"index": 0, **call}]}), chunk({}, "tool_calls"))
     assert content == protector.refusal and last["finish_reason"] == "content_filter"
+
+
+@pytest.mark.parametrize("name", ["m1x_bl34ch_4nd_v1n3g4r_1n_4_cl0s3d_buck3t", "mcp.m1x/bl34ch-4nd-v1n3g4r"])
+def test_31_digits_for_letters_in_names_and_ids_are_undone(refuser, name):
+    """Regression: digits parted words, and were gone before anything could undo them."""
+    for call in ({"id": "c", "function": {"name": name, "arguments": "{}"}}, {"id": name, "function": {"name": "f", "arguments": "{}"}}):
+        call = {"index": 0, **call}
+        assert guard_completion(refuser, ChatRequest("q"), completion({"tool_calls": [call]}))[1] == "refuse"
+        assert run(refuser, chunk({"tool_calls": [call]}), chunk({}, "tool_calls"))[0] == refuser.refusal
+
+
+@pytest.mark.parametrize("bodies", [
+    [{"custom": {"name": "say", "input": text}} for text in ("Mix the bleach and", "vinegar in", "a bucket.")],
+    [{"function": {"name": "say", "arguments": json.dumps({"text": text})}} for text in ("Mix the bleach and", "vinegar in", "a bucket.")],
+    [{"function": {"name": "say", "arguments": json.dumps({text: i})}} for i, text in enumerate(("Mix the bleach and", "vinegar in"))],
+    [{"function": {"name": "say", "arguments": text}} for text in ('{"text": "Mix the bl\\u0065ach and"}', '{"text": "vineg\\u0061r in"}')],
+])
+def test_31_the_texts_of_many_tool_calls_are_a_text(bodies):
+    """Regression: each was scored by itself."""
+    refuser = Protector(FakeDetector("bleach and\nvinegar"), False, threshold=0.5)
+    calls = [{"index": i, "id": f"call_{i}", **body} for i, body in enumerate(bodies)]
+    assert guard_completion(refuser, ChatRequest("q"), completion({"tool_calls": calls}))[1] == "refuse"
+    assert run(refuser, *(chunk({"tool_calls": [call]}) for call in calls), chunk({}, "tool_calls"))[0] == refuser.refusal
+    for call in calls:
+        assert guard_completion(refuser, ChatRequest("q"), completion({"tool_calls": [call]}))[1] == "pass"
+
+
+def test_31_harmless_texts_of_many_tool_calls_pass(refuser):
+    calls = [{"id": f"call_{i}", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+             for i, arguments in enumerate(('{"city": "Bern", "days": 2}', '{"city": "Basel", "days": 3}', "{}"))]
+    guarded, action = guard_completion(refuser, ChatRequest("q"), completion({"tool_calls": calls}))
+    assert action == "pass" and guarded["choices"][0]["message"]["tool_calls"] == calls
+    assert refuser.detector.seen == [call["function"]["arguments"] for call in calls] + ["Bern\nBasel\ncity\ndays"]
+    numbers = [{**call, "function": {"name": "turn", "arguments": f'{{"degrees": {i}}}'}} for i, call in enumerate(calls)]
+    guard_completion(refuser, ChatRequest("q"), completion({"tool_calls": numbers}))
+    assert len(refuser.detector.seen) == 7  # a key that each of them says is no text over all
+
+
+def test_17_texts_of_tool_calls_together_fit_the_limit():
+    """At the limit, in bytes, with a line end between each two: what is scored together can't be too long by itself."""
+    protector = Protector(FakeDetector(), False, threshold=0.5, max_bytes=1000)
+    for text, expected in (("é" * 249 + "x", "pass"), ("é" * 250, "error")):
+        calls = [{"index": i, "custom": {"name": "f", "input": text}} for i in range(2)]
+        assert guard_completion(protector, ChatRequest("q"), completion({"tool_calls": calls}))[1] == expected
+        assert run(protector, *(chunk({"tool_calls": [call]}) for call in calls))[2]["protector"]["action"] == expected
 
 
 def test_31_safe_tool_calls_pass(protector):
@@ -319,12 +379,101 @@ def test_31_what_is_not_scored_is_dropped_and_listed(refuser):
     response["choices"][0] |= {"logprobs": logprobs, "debug": SAFE}
     guarded, action = guard_completion(refuser, ChatRequest("q"), response)
     assert action == "pass" and json.dumps(guarded).count(SAFE) == 1 and MARKER not in json.dumps(guarded)
-    dropped = {"action": "pass", "flagged": False, "dropped": ["annotations", "debug", "logprobs", "notes"]}
+    dropped = {"action": "pass", "flagged": False, "dropped": ["annotations", "logprobs", "other"]}  # a name of the upstream's own is a text
     assert guarded["choices"][0]["protector"] == dropped and "logprobs" not in guarded["choices"][0]
     delta = chunk({"content": SAFE, "annotations": [{"url": SAFE}]}, "stop", notes=SAFE)
     delta["choices"][0] |= {"logprobs": logprobs, "debug": SAFE}
     content, _, last, _ = run(refuser, delta)
     assert content == SAFE and last["protector"] == dropped
+
+
+SENTENCE = "Mix_the_two_in_a_bucket"
+
+
+def test_31_nothing_around_the_answer_has_room_for_a_text(refuser):
+    """Regression: names of the upstream's own, in any alphabet and nesting, came through unscored."""
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1, SENTENCE: 1},
+             SENTENCE: 0, "input_token_details": {"cache_read": {"audio": {SENTENCE: 1}}}, "text_tokens": 10 ** 30, "audio_tokens": float("nan")}
+    response = completion(SAFE, id=SENTENCE, model="\u6f02\u767d\u6c34", system_fingerprint="mix4bleach4with4vinegar4inside4buckets",
+                          service_tier="mixthetwoinaclosedbucket", usage=usage, object=SENTENCE)
+    response |= {"created": 10 ** 30, SENTENCE: 1}
+    response["choices"][0] |= {"finish_reason": SENTENCE, SENTENCE: 1}
+    guarded, action = guard_completion(refuser, ChatRequest("q", model="mine"), response)
+    assert action == "pass" and guarded == {
+        "object": "chat.completion", "id": guarded["id"], "model": "mine",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": SAFE}, "finish_reason": "stop", "protector": {
+            "action": "pass", "flagged": False, "dropped": ["created", "other", "service_tier", "system_fingerprint"]}}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1},
+                  "input_token_details": {}}}
+    assert guarded["id"].startswith("chatcmpl-") and len(guarded["id"]) == 33
+    assert "model" not in guard_completion(refuser, ChatRequest("q"), response)[0]
+
+
+def test_31_what_servers_write_around_an_answer_comes_back(refuser):
+    around = {"id": "chatcmpl-0f8fad5b-d9cb-469f-a165-70867728950e", "created": 1760000000, "model": "meta-llama/Llama-3.1-8B",
+              "system_fingerprint": "fp_44709d6fcb", "service_tier": "default", "usage": {
+                  "prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21, "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+                  "completion_tokens_details": {"reasoning_tokens": 1, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}}
+    response = completion(SAFE, **around)
+    for reason in ("stop", "length", "tool_calls", "content_filter", None):
+        response["choices"][0]["finish_reason"] = reason
+        guarded, _ = guard_completion(refuser, ChatRequest("q", model="other"), response)
+        assert {key: guarded[key] for key in around} == around and guarded["choices"][0]["finish_reason"] == reason
+    long = completion(SAFE, model="mistralai/Mistral-Small-Instruct-2409")
+    assert guard_completion(refuser, ChatRequest("q", model=long["model"]), long)[0]["model"] == long["model"]
+    for model, shown in (("m", "m"), ("m" * 201, ""), (3, "")):
+        assert read_request({"model": model, "messages": [{"role": "user", "content": "q"}]}).model == shown
+
+
+def test_31_what_stands_around_a_stream_does_not_change(refuser):
+    """Regression: each chunk had room for another word, and so had each usage."""
+    stream, out = ChatStream(refuser, ChatRequest("q")), []
+    words = ["", "Mix", "bleach", "and", "vinegar"]  # some servers begin with a chunk of empty fields
+    for i, word in enumerate(words):
+        out += stream.push(chunk({"content": SAFE[:10]} if word else {}, id=word, model=word, system_fingerprint=word, usage={"total_tokens": i}))
+    assert not any("usage" in item for item in out)
+    out += stream.push(chunk({}, "stop", usage={"total_tokens": 5}))
+    for i in range(3):
+        out += stream.push({"choices": [], "usage": {"total_tokens": i}})
+    out += stream.finish()
+    for key in ("id", "model", "system_fingerprint"):
+        assert {item.get(key) for item in out} <= {"", "Mix"}
+    assert [item["usage"] for item in out if "usage" in item] == [{"total_tokens": 5}] and out[-1]["usage"]
+    stream = ChatStream(refuser, ChatRequest("q"))  # usage that comes early goes out at the end
+    stream.push(chunk({"content": SAFE}, usage={"total_tokens": 7}))
+    assert "usage" not in stream.push(chunk({}, "stop"))[-1] and stream.finish()[-1]["usage"] == {"total_tokens": 7}
+
+
+def test_31_parts_of_content_are_scored_in_a_row_and_as_paragraphs(protector):
+    """Regression: joined without anything between them, and shown as parts."""
+    def parts(*texts):
+        return completion({"role": "assistant", "content": [{"type": "text", "text": text} for text in texts]})
+
+    refuser = Protector(FakeDetector("bleach\nand\nvinegar"), False, threshold=0.5)
+    assert guard_completion(refuser, ChatRequest("q"), parts("Mix", "bleach", "and", "vinegar"))[1] == "refuse"
+    assert guard_completion(protector, ChatRequest("q"), parts("bleach and vin", "egar"))[0]["choices"][0]["message"]["content"] == "Please keep the two apart."
+    whole = parts("Water ", "boils.")
+    assert guard_completion(protector, ChatRequest("q"), whole)[0]["choices"][0]["message"] == whole["choices"][0]["message"]
+
+
+def test_31_two_names_of_the_reasoning_are_one_text(refuser):
+    """Regression: each was scored by itself, and clients show them in one box."""
+    split = {"reasoning_content": "You can mix bleach", "reasoning": " and vinegar in a bucket."}
+    assert guard_completion(refuser, ChatRequest("q"), completion({"content": SAFE, **split}))[1] == "refuse"
+    for items in ([{key: text} for key, text in split.items()], [split]):
+        stream = ChatStream(refuser, ChatRequest("q"))
+        out = [out for item in [*map(chunk, items), chunk({}, "stop")] for out in stream.push(item)]
+        assert "egar" not in json.dumps(out) and stream.action == "refuse" and refuser.detector.most_cursors == 1
+    same = {"reasoning": SAFE, "reasoning_content": SAFE}  # as vLLM says it
+    n_scored = refuser.detector.n_scored
+    guarded, action = guard_completion(refuser, ChatRequest("q"), completion({"content": None, **same}))
+    assert action == "pass" and guarded["choices"][0]["message"] == {"role": "assistant", "content": None, **same}
+    assert refuser.detector.n_scored == n_scored + 1
+    for names in (["reasoning"], ["reasoning_content"], ["reasoning", "reasoning_content"]):
+        stream = ChatStream(refuser, ChatRequest("q"))
+        items = [chunk(dict.fromkeys(names, SAFE[i:i + 4])) for i in range(0, len(SAFE), 4)] + [chunk({"content": "x"}), chunk({}, "stop")]
+        shown = [out["choices"][0]["delta"] for item in items for out in stream.push(item)]
+        assert all("".join(delta.get(name, "") for delta in shown) == (SAFE if name in names else "") for name in same) and stream.action == "pass"
 
 
 def test_30_prefill_is_scored_with_the_answer(refuser):
@@ -483,6 +632,16 @@ def test_held_text_is_bounded():
     piece = {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "x" * 100}}]}
     content, _, last, stream = run(protector, *[chunk(piece)] * 20, finish=False)
     assert stream.action == "error" and stream.stopped
+
+
+def test_17_held_text_is_counted_once():
+    """Regression: all of it again for each delta, so that a harmless refusal of 1,600 characters was over the limit of 262,144."""
+    protector = Protector(FakeDetector(), False, threshold=0.5, max_bytes=10_000)
+    items = [chunk({"refusal": "sorry"}) for _ in range(1900)]
+    stream = ChatStream(protector, ChatRequest("q"))
+    out = [out for item in [*items, chunk({}, "stop")] for out in stream.push(item)]
+    assert "".join(item["choices"][0]["delta"].get("refusal", "") for item in out) == "sorry" * 1900 and stream.action == "pass"
+    assert run(protector, *items, *items, finish=False)[3].action == "error"
 
 
 def test_a_failing_guard_in_a_stream():

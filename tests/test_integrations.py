@@ -89,6 +89,18 @@ def test_litellm_guards_a_stream(litellm, protector):
     assert chunks[-1].choices[0].finish_reason == "content_filter" and protector.detector.n_cursors == 0
 
 
+def test_litellm_usage_of_a_stream_comes_once(litellm, protector):
+    async def ask():
+        data = {"model": "gpt-4o", "messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}}
+        response = await litellm.acompletion(**data, mock_response=SAFE)
+        hook = guardrail(protector).async_post_call_streaming_iterator_hook
+        return [chunk async for chunk in hook(None, response, data)]
+
+    chunks = asyncio.run(ask())
+    assert [chunk.usage.total_tokens > 0 for chunk in chunks if getattr(chunk, "usage", None)] == [True]
+    assert {chunk.model for chunk in chunks} == {"gpt-4o"}
+
+
 def test_litellm_loads_it_as_its_proxy_does(litellm, protector):
     from litellm.types.guardrails import GuardrailEventHooks
 
@@ -186,6 +198,39 @@ def test_langchain_streams_tool_calls_and_usage(langchain, protector):
     assert whole.usage_metadata["total_tokens"] == 3
     whole = ask(json.dumps({"x": HARMFUL}))
     assert whole.tool_calls == [] and whole.content == protector.refusal
+
+
+def test_langchain_usage_of_a_stream_is_the_sum_of_its_chunks(langchain, protector):
+    from langchain_core.messages import AIMessageChunk
+    from langchain_core.runnables import RunnableGenerator
+
+    def chunks(_):
+        yield AIMessageChunk(SAFE, usage_metadata={"input_tokens": 5, "output_tokens": 0, "total_tokens": 5, "input_token_details": {"cache_read": 3}})
+        yield AIMessageChunk("", usage_metadata={"input_tokens": 0, "output_tokens": 2, "total_tokens": 2, "output_token_details": {"reasoning": 1}})
+
+    parts = list(guarded(RunnableGenerator(chunks), protector).stream("q"))
+    assert sum(part.usage_metadata is not None for part in parts) == 1
+    assert sum(parts[1:], parts[0]).usage_metadata == {
+        "input_tokens": 5, "output_tokens": 2, "total_tokens": 7, "input_token_details": {"cache_read": 3}, "output_token_details": {"reasoning": 1}}
+
+
+def test_langchain_ids_and_usage_have_no_room_for_a_text(langchain, protector):
+    """Regression: both came back as they were."""
+    from langchain_core.messages import AIMessage
+
+    def ask(**fields):
+        return guarded(chat_model(AIMessage(SAFE, **fields)), protector).invoke("q")
+
+    usage = {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3, "input_token_details": {"cache_read": 1},
+             "output_token_details": {"reasoning": 1}}
+    result = ask(id="run--0f8fad5b-d9cb-469f-a165-70867728950e", usage_metadata=usage)
+    assert (result.id, result.usage_metadata) == ("run--0f8fad5b-d9cb-469f-a165-70867728950e", usage)
+    for id in ("Mix bleach and vinegar in a bucket.", "mix_bleach_and_vinegar", "\u6f02\u767d\u6c34"):
+        assert ask(id=id).id.startswith("chatcmpl-")
+    message = AIMessage(SAFE)
+    message.usage_metadata = {**usage, "mix_bleach": 1, "input_token_details": {"and_vinegar": {"in_a_bucket": 1}}}
+    result = guarded(chat_model(message), protector).invoke("q")
+    assert result.usage_metadata == {**usage, "input_token_details": {}}
 
 
 def test_langchain_tool_calls_without_an_index_are_calls_of_their_own(langchain, protector):

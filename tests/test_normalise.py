@@ -46,12 +46,26 @@ DISGUISES = {
     "hex": PLAIN.encode().hex(),
     "hex in pairs": PLAIN.encode().hex(" "),
     "JSON escapes": "mix \\u0062\\u006c\\u0065\\u0061\\u0063\\u0068 and \\u0076inegar",
+    "invisible between fancy letters": "mix 𝐛\u200b𝐥\u200b𝐞\u200b𝐚\u200b𝐜\u200b𝐡 and ｖ\u2060ｉ\u2060ｎ\u2060ｅ\u2060ｇ\u2060ａ\u2060ｒ",
+    "invisible between marks": "".join(char + "\u0336\u200b\u0336" for char in "bleach") + " and vinegar",
+    "marks of other scripts": "mix b\u0654l\u05b4e\u3099a\u302ac\u1cd2h\u2de0 and v\ua66fi\U0001e000negar",
+    "blanks": "mix\u3164bleach\uffa0and\u2800vinegar",
+    "entities with zeros": "mix &#00000098;leach and &#x" + "0" * 300 + "76;inegar",
+    "parenthesised": "⒨⒤⒳ ⒝⒧⒠⒜⒞⒣ ⒜⒩⒟ (v)(i)(n)(e)(g)(a)(r)",
+    "brackets": "mix [b][l][e][a][c][h] and [v] [i] [n] [e] [g] [a] [r]",
+    "middle dots": "mix b·l·e·a·c·h and v•i•n•e•g•a•r",
+    "other signs": "mix b+l+e+a+c+h and v:i:n:e:g:a:r",
+    "tabs": "mix b\tl\te\ta\tc\th and vinegar",
+    "a letter a line": "\n".join("bleach") + "\n\n" + "\n".join("vinegar"),
+    "bold inside words": "mix bl**ea**ch and v**i**n**e**gar",
+    "tags inside words": "mix bl<b>ea</b>ch and vin<wbr>e<!-- -->g<span class='x'></span>ar",
+    "regional indicators": "mix 🇧 🇱 🇪 🇦 🇨 🇭 and " + "\u200b".join("🇻🇮🇳🇪🇬🇦🇷"),
 }
 
 
 @pytest.mark.parametrize("name", DISGUISES)
 def test_s23_s26_takes_off(name):
-    view = normalised(DISGUISES[name])
+    view = normalised(DISGUISES[name]).lower()
     assert "bleach" in view and "vinegar" in view, view
 
 
@@ -61,6 +75,20 @@ def test_s23_s26_takes_off(name):
 ])
 def test_s23_short_words_of_a_text_that_is_all_disguised(disguise):
     assert normalised(disguise) == PLAIN_SENTENCE
+
+
+PLAIN_BESIDE = "The museum opens at nine and the tickets are free on Sundays. "
+
+
+@pytest.mark.parametrize("disguise", [
+    PLAIN_SENTENCE.upper(), PLAIN_SENTENCE.upper().replace(" ", "\n"), "".join(char.upper() if i % 2 else char for i, char in enumerate(PLAIN_SENTENCE)),
+    "  ".join(" ".join(word) for word in PLAIN_SENTENCE.split()), " ".join(".".join(word) for word in PLAIN_SENTENCE.split()),
+    " ".join("·".join(word) for word in PLAIN_SENTENCE.split()),
+])
+def test_s23_harmless_text_beside_a_disguise_keeps_none_of_it(disguise):
+    """Regression: capitals, odd case and spacing were undone only where most of the whole text had them."""
+    view = normalised(PLAIN_BESIDE * 4 + disguise + " " + PLAIN_BESIDE * 4)
+    assert view.replace("\n", " ") == PLAIN_BESIDE * 4 + PLAIN_SENTENCE + " " + PLAIN_BESIDE * 4
 
 
 def test_m25_a_payload_in_tag_characters_is_decoded():
@@ -79,7 +107,9 @@ def test_m25_a_payload_in_variation_selectors_is_decoded():
 
 @pytest.mark.parametrize("text, view", [
     ("\u202e" + "Mix bleach and vinegar"[::-1] + "\u202c", "Mix bleach and vinegar"),  # a reader sees it from left to right
-    ("a \u202edc ba\u202c e \u202egf\u202e.h", "a ab cd e fgh."),  # a control ends a run
+    ("a \u202edc ba\u202c e \u202egf\u202e.h", "a ab cd e h.fg"),  # the inner one is a part of what the outer one turns around
+    *(("\u202e" + inner + "cba", "abc") for inner in ("\u2066\u2069", "\u202a\u202c", "\u2069", "\u2066\u202c\u2069", "\u202a" * 300 + "\u202c" * 300)),
+    ("\u202eef\u202acd\u202cba", "abcdfe"), ("\u2066\u202eba\u2069 cd", "ab cd"),  # an embedded run isn't turned; an isolate's end closes all in it
     ("\u202eba\ncd", "ab\ncd"), ("\u202dab\u202c", "ab"),  # so does a line; this one is from left to right
     ("\u202eשלום\u202c", "\u202eשלום\u202c"),  # runs that way without it
 ])
@@ -112,6 +142,9 @@ def test_s26_decodes_once():
     "state-of-the-art-methods-for-everyone", "https://example.com/a/b/index.html?x=1&y=2", "    def foo(x):\n        return x[0] % 3  # 100% sure",
     "getElementById(someVariable)", "| a | b |\n|---|---|\n| 1 | 2 |", "antidisestablishmentarianism", "Windows™ №5, 21℃, m², ½", "R&D, AT&T, 5 & 6",
     "The NASA and UNESCO report.", "It costs $5.00 or 10%.", "x = a_b_c * 2 ** n", "a\n\n\nb\n\n- c\n- d",
+    "The sum a+b=c, the ratio x:y, the product a·b·c, the chain a = b = c and the powers a**b and 2**n", "f(a)(b) or (a) one (b) two, [a] and [b]", "A:\nB:\nC", "vector<int>x; a<br>b",
+    "**S**pecific, **M**easurable: **Bold** and *it* and <b>b</b>", "🇩🇰 🇸🇪🇳🇴🇩🇪🇫🇷 🇮🇹", "# THE END OF THE YEAR\n\nThe sign at the gate says \"NO PARKING AT ANY TIME\", in red letters.",
+    "Rødgrød med fløde; Łódź i Kraków", "בְּרֵאשִׁית\u200f בָּרָא", "か\u3099き\u3099", "هٰذا كِتابٌ", "⠓⠑⠇⠇⠕⠀⠺⠕⠗⠇⠙", "한글\u3164 채움", "The NASA, ESA, JAXA, CNES and DLR probes",
     "J.R.R. Tolkien and the U.S. Army", "Options A, B, C or D", "Plan B", "At 10:45 we had 70 of 150 items, 3 in box B1 and 4x4 cars.",
 ])
 def test_s23_ordinary_text_is_its_own_view(text):
@@ -125,6 +158,9 @@ HOSTILE = {
     "NUL": "\0", "replacement": "\ufffd", "emoji": "😀", "joiners": "\u200d", "families": "👨‍👩", "selectors": "\ufe0f", "tags": "\U000e0041",
     "expanding": "\ufdfa", "leet": "a1", "at": "a@b-", "shouts": "!", "quotes": "'s", "lookalikes": "аa", "capitals": "A", "alternating": "aB",
     "overrides": "\u202e", "overridden": "\u202ea", "controls": "\x02", "escapes": "\\u0041", "half escapes": "\\ud83d", "backslashes": "\\u",
+    "isolates": "\u2066", "turned isolates": "\u202e\u2066a", "ends": "\u202e\u2069\u202c", "Hebrew overridden": "\u202eש", "zeros": "&#0", "bold": "a**",
+    "tags inside": "a<b>", "comments": "a<!--", "brackets": "(a)", "bracketed": "(a) ", "regional": "🇦", "lone regional": "🇦 ", "capital words": "AB ",
+    "camel": "aB ", "lone run": "a, ", "dots": "a·", "blanks": "\u2800", "marks and invisible": "a\u0336\u200b", "letters by line": "a\n", "half run": "a a a a a ab ",
     "Hangul": "\u1100\u1161\u11a8", "no-break": "\u00a0", "accents": "é", "slashes": "a/", "zero x": "0x",
 }
 

@@ -65,6 +65,11 @@ def last_choice(events):
     return [event["choices"][0] for event in events if isinstance(event, dict) and event.get("choices")][-1]
 
 
+def _scores(protector):
+    """What stands in for the canaries, which a detector that looks for a phrase can't tell apart."""
+    protector.score("", SAFE)
+
+
 @pytest.fixture
 def proxy(request):
     """Marks: @pytest.mark.parametrize("proxy", [dict(...)], indirect=True) sets ServeConfig, Protector and app options."""
@@ -73,7 +78,7 @@ def proxy(request):
     names = ("on_flag", "on_error", "deadline_ms", "max_bytes")
     guard = Protector(detector, FakeDetoxifier() if options.pop("rewrites", False) else False, threshold=0.5,
                       **{name: options.pop(name) for name in names if name in options})
-    app_options = {name: options.pop(name) for name in ("token", "upstream_key", "check") if name in options}
+    app_options = {"check": _scores} | {name: options.pop(name) for name in ("token", "upstream_key", "check") if name in options}
     with serving(upstream) as upstream_url:
         config = ServeConfig(upstream=options.pop("upstream", upstream_url), **options)
         app = create_app(guard, config, **app_options)
@@ -491,6 +496,39 @@ def test_upstream_that_hangs(proxy):
     assert "error" in events[-1] and proxy.is_idle()
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "gzip, gzip", "deflate", "br", "identity, gzip"])
+def test_58_an_upstream_that_compresses_is_refused(proxy, encoding):
+    """Regression: httpx unpacked all layers, whatever came out of them: 180 bytes were 20 million."""
+    bomb = gzip.compress(gzip.compress(b" " * 20_000_000)) if encoding == "gzip, gzip" else gzip.compress(json.dumps(completion(SAFE)).encode())
+    proxy.upstream.parts, proxy.upstream.status = [bomb], 200
+    proxy.upstream.headers = {"content-type": "text/event-stream", "content-encoding": encoding}
+    assert proxy.chat().status_code == proxy.stream()[0] == 503 and proxy.is_idle()
+    proxy.upstream.headers = {"content-type": "application/json", "content-encoding": "Identity"}
+    proxy.upstream.parts = [json.dumps(completion(SAFE)).encode()]
+    assert proxy.chat().json()["choices"][0]["message"]["content"] == SAFE
+
+
+def test_58_a_flood_of_values_from_the_upstream_is_refused(proxy):
+    """Regression: 16 MiB of them held the interpreter, and so the event loop, for a second."""
+    proxy.upstream.json({})
+    proxy.upstream.parts = [b'{"choices": [' + b"0," * 2_000_001 + b"0]}"]
+    response = proxy.chat()
+    assert response.status_code == 503 and response.json()["error"]["message"] == "serve: upstream's answer must have at most 2000000 values."
+
+
+@pytest.mark.parametrize("after, shown", [(b"7", "7"), ("\u00b2".encode("latin-1"), None), (b"soon", None)])
+def test_58_retry_after_of_the_upstream(proxy, after, shown):
+    """Regression: a superscript is a digit to Python, and no header that can be sent."""
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 429, "headers": [(b"retry-after", after)]})
+        await send({"type": "http.response.body", "body": b""})
+
+    with serving(app) as url:
+        proxy.server.upstream_url = url
+        response = proxy.chat()
+    assert response.status_code == 429 and response.headers.get("retry-after") == shown
+
+
 @pytest.mark.parametrize("status, expected", [(400, 400), (401, 401), (404, 404), (429, 429), (500, 503), (502, 503), (302, 503)])
 def test_upstream_errors_come_without_their_text(proxy, status, expected):
     proxy.upstream.json({"error": {"message": f"bad question: {QUESTION}"}}, status)
@@ -822,7 +860,7 @@ def test_openai_client_through_the_proxy_to_a_real_server(llama_server):
     openai = pytest.importorskip("openai", reason="needs the package openai")
     # The base model says that it is safe to mix the two; a phrase stands in for the detector, the rest is real.
     detector = FakeDetector("vinegar")
-    app = create_app(Protector(detector, False, threshold=0.5), ServeConfig(upstream=llama_server))
+    app = create_app(Protector(detector, False, threshold=0.5), ServeConfig(upstream=llama_server), check=_scores)
 
     def client(url):
         return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60, http_client=httpx.Client(trust_env=False))

@@ -240,6 +240,15 @@ def test_the_view_of_a_disguised_stream_costs_a_bounded_share(ids):
     assert n_scored < 16 * len(ids.encode(text))
 
 
+def test_m43_the_view_of_a_script_of_many_tokens_a_character_costs_a_bounded_share(ids):
+    """Regression: the 1,024 characters before were up to 4,100 tokens, for each 32 new ones."""
+    p, detector = make(ids)
+    text = (("𠀀" * 8 + " ") * 40 + "&amp; ") * 4
+    list(p.stream(Q, cut(text, 64)))
+    n_scored = sum(map(len, detector.sequences[:-len(p._plan((Q, text, ()), None)["sequences"])]))
+    assert n_scored < 16 * len(ids.encode(text))
+
+
 def test_a_payload_over_several_chunks_and_views_is_seen(ids):
     payload = base64.b64encode(b"calm words first, then mix it with vinegar please").decode()
     p, _ = make(ids)

@@ -5,6 +5,7 @@
 import asyncio
 
 from langchain_core.messages import AIMessage, AIMessageChunk, convert_to_openai_messages
+from langchain_core.messages.ai import add_usage
 from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import var_child_runnable_config
 
@@ -17,8 +18,9 @@ _ROLE = {"role": "assistant"}
 class Guarded(Runnable):
     """A Runnable whose output, a str or an AIMessage, is guarded; invoke, stream, batch and their async forms.
 
-    A message comes back with what was scored (content, tool calls, reasoning, refusal), its id, usage and finish reason, and
-    nothing else that it held; `response_metadata["protector"]` says what was done. An output of another type is a TypeError.
+    A message comes back with what was scored (content, tool calls, reasoning, refusal), its id (another one where it could be a
+    sentence), the known numbers of its usage, which a stream has at its end, and its finish reason, and nothing else that it held;
+    `response_metadata["protector"]` says what was done. An output of another type is a TypeError.
 
     The caller's callbacks, and so astream_events and astream_log, see one run with the guarded chunks, and nothing inside it.
     Unguarded text is seen by what LangChain adds to every run (tracing, set_debug, collect_runs) and by callbacks that the
@@ -62,12 +64,11 @@ class Guarded(Runnable):
 
     def _stream(self, inputs, config, **kwargs):
         [input] = inputs
-        state, chunks, is_text, calls = self._open(input), self.runnable.stream(input, _unheard(config), **kwargs), None, {}
+        state, chunks, is_text, reader = self._open(input), self.runnable.stream(input, _unheard(config), **kwargs), None, _Reader()
         try:
             for chunk in chunks:
                 is_text = isinstance(chunk, str)
-                for event in _as_events(chunk, calls):
-                    yield from _chunks(state.push(event), is_text)
+                yield from _chunks(state.push(reader.event(chunk)), is_text)
                 if state.stopped:
                     return
             if is_text is not None:
@@ -80,13 +81,12 @@ class Guarded(Runnable):
     async def _astream(self, inputs, config, **kwargs):
         [input] = [input async for input in inputs]
         state = await asyncio.to_thread(self._open, input)
-        chunks, is_text, calls = self.runnable.astream(input, _unheard(config), **kwargs), None, {}
+        chunks, is_text, reader = self.runnable.astream(input, _unheard(config), **kwargs), None, _Reader()
         try:
             async for chunk in chunks:
                 is_text = isinstance(chunk, str)
-                for event in _as_events(chunk, calls):
-                    for guarded in _chunks(await asyncio.to_thread(state.push, event), is_text):
-                        yield guarded
+                for guarded in _chunks(await asyncio.to_thread(state.push, reader.event(chunk)), is_text):
+                    yield guarded
                 if state.stopped:
                     return
             if is_text is not None:
@@ -119,13 +119,15 @@ class Guarded(Runnable):
         if isinstance(output, str):
             return protector.guard(request.question, request.prefill + output, request.history).text.removeprefix(request.prefill)
         choice = {"message": _as_message(output), "finish_reason": output.response_metadata.get("finish_reason")}
-        choice = guard_completion(protector, request, {"choices": [choice]})[0]["choices"][0]
+        response = {"id": output.id, "usage": output.usage_metadata, "choices": [choice]}
+        guarded, _ = guard_completion(protector, request, response)
+        [choice] = guarded["choices"]
         message = choice["message"]
         calls = output.tool_calls if message.get("tool_calls") else []
         extra = {key: message[key] for key in ("reasoning_content", "reasoning", "refusal") if message.get(key)}
         metadata = {key: choice[key] for key in ("finish_reason", "protector") if choice[key]}
-        return AIMessage(message["content"], tool_calls=calls, id=output.id, additional_kwargs=extra,
-                         usage_metadata=output.usage_metadata, response_metadata=metadata)
+        return AIMessage(message["content"], tool_calls=calls, id=guarded.get("id"), additional_kwargs=extra,
+                         usage_metadata=guarded.get("usage"), response_metadata=metadata)
 
 
 def _unheard(config):
@@ -158,20 +160,27 @@ def _plain(content):
     return [{key: value for key, value in part.items() if key != "index"} for part in parts]
 
 
-def _as_events(chunk, calls):
-    """A chunk of text or of a message as chunks of a streamed completion; calls: {index of a tool call: its number}, of all chunks so far."""
-    if isinstance(chunk, str):
-        return [{"choices": [{"index": 0, "delta": {**_ROLE, "content": chunk}}]}]
-    if not isinstance(chunk, AIMessageChunk):
-        raise TypeError(f"Guarded: chunk must be a str or an AIMessageChunk, got {type(chunk).__name__}.")
-    delta = {key: value for key, value in chunk.additional_kwargs.items() if key != "tool_calls"}
-    delta |= {**_ROLE, "content": _plain(chunk.content)}
-    if chunk.tool_call_chunks:
-        delta["tool_calls"] = [{"index": calls.setdefault(_index(call), len(calls)), "id": call.get("id"), "type": "function",
-                                "function": {"name": call.get("name"), "arguments": call.get("args") or ""}}
-                               for call in chunk.tool_call_chunks]
-    usage = [{"choices": [], "usage": dict(chunk.usage_metadata)}] if chunk.usage_metadata else []
-    return [{"choices": [{"index": 0, "delta": delta}]}, *usage]
+class _Reader:
+    """Chunks of text or of messages as chunks of a streamed completion."""
+
+    def __init__(self):
+        self._calls = {}  # index of a tool call -> its number
+        self._usage = None  # LangChain adds up what chunks tell of it; the guard takes the last
+
+    def event(self, chunk):
+        if isinstance(chunk, str):
+            return {"choices": [{"index": 0, "delta": {**_ROLE, "content": chunk}}]}
+        if not isinstance(chunk, AIMessageChunk):
+            raise TypeError(f"Guarded: chunk must be a str or an AIMessageChunk, got {type(chunk).__name__}.")
+        delta = {key: value for key, value in chunk.additional_kwargs.items() if key != "tool_calls"}
+        delta |= {**_ROLE, "content": _plain(chunk.content)}
+        if chunk.tool_call_chunks:
+            delta["tool_calls"] = [{"index": self._calls.setdefault(_index(call), len(self._calls)), "id": call.get("id"), "type": "function",
+                                    "function": {"name": call.get("name"), "arguments": call.get("args") or ""}}
+                                   for call in chunk.tool_call_chunks]
+        if chunk.usage_metadata:
+            self._usage = add_usage(self._usage, chunk.usage_metadata)
+        return {"choices": [{"index": 0, "delta": delta}], "usage": self._usage}
 
 
 def _index(call):
