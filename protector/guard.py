@@ -371,7 +371,7 @@ class Protector:
         detoxifier = self._detoxifier_in_time(deadline)
         if detoxifier is None:
             return None, None
-        limits, last = detoxifier.limits, None
+        limits, last, scores = detoxifier.limits, None, []
         answer_ids, start = window
         part = answer_ids[start:start + min(self.window, limits.rejected_tokens)]
         usage["rewrite_dropped_tokens"] = len(answer_ids) - len(part)
@@ -383,11 +383,14 @@ class Protector:
             text, n_tokens, finished = detoxifier.generate(
                 prompt, limits.rewrite_tokens, temperature=0.0 if attempt == 0 else 0.8, seed=attempt, deadline=deadline)
             usage["rewrite_attempts"] = attempt + 1
+            usage["rewrite_scores"] = scores  # None: what nobody may see was not scored
             usage["rewrite_tokens"] = usage.get("rewrite_tokens", 0) + n_tokens
             text = _MARK.split(text)[0].strip()
             if not text or not finished or _loops(text) or _repeats(text, a) or _repeats(text, rejected):  # which may be a view
+                scores.append(None)
                 continue
             last = self._score((q, text, history), deadline)[0]
+            scores.append(last)
             if last < self.rewrite_bar * threshold:
                 return text, last
         return None, last

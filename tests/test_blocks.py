@@ -6,19 +6,19 @@ def _rate(k, n):
     return {"rate": k / n if n else None, "low": 0.1, "high": 0.9, "k": k, "n": n}
 
 
-def _measured(auroc, recall):
-    return {"auroc": {"value": auroc, "low": 0.0, "high": 1.0}, "recall_at_5%_fpr": {"value": recall, "low": 0.0, "high": 1.0}}
+def _measured(auroc, recall, harmful=50):
+    return {"n": 100, "harmful": harmful, "auroc": {"value": auroc, "low": 0.0, "high": 1.0}, "recall_at_5%_fpr": {"value": recall, "low": 0.0, "high": 1.0}}
 
 
 def test_detector_targets():
     result = {"sources": {"beavertails_test_NC": _measured(0.88, 0.59), "pyrit": _measured(0.899, 0.5), "openai_rbr": _measured(None, None),
-                          "owleval": {"false_positives": {"k": 5, "n": 486}}}}
+                          "msts_english_textonly": _measured(1.0, 1.0, 2), "owleval": {"false_positives": _rate(5, 486)}}}
     lines = blocks._detector_targets(result).splitlines()[2:]
     assert [line.split(" | ")[0][2:] + ": " + line.split(" | ")[-1][:-2] for line in lines] == [
-        "AUROC, beavertails_test_NC: yes", "AUROC, pyrit: no", "recall at 5 % false positives, beavertails_test_NC: no",
-        "recall at 5 % false positives, pyrit: yes", "OwlEval's answers flagged: no"]
-    result["sources"]["owleval"]["false_positives"]["k"] = 4
-    assert blocks._detector_targets(result).splitlines()[-1].endswith("4 of 486 | yes |")
+        "AUROC, beavertails_test_NC: yes", "AUROC, pyrit: no", "AUROC, msts_english_textonly: 2 harmful answers: can't be told", "recall at 5 % false positives, beavertails_test_NC: no",
+        "recall at 5 % false positives, pyrit: yes", "OwlEval's answers flagged (the threshold was set on them and captions): no"]
+    result["sources"]["owleval"]["false_positives"] = _rate(4, 486)
+    assert blocks._detector_targets(result).splitlines()[-1].endswith("n 486 | yes |")
 
 
 def test_rewrite_targets():

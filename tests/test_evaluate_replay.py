@@ -156,7 +156,7 @@ def test_rewrite_metrics_by_hand():
     relevance = RelevanceJudge("fake", lambda pairs: [question[-1] == text[-1] for question, text in pairs],
                                {"all": quality([True, None], [1, 0])})
     result = rewrites.evaluate(guard(), outcomes, FakeJudge(), None, relevance)
-    assert result["flagged_harmful"] == 4 and result["rewritten"]["k"] == result["below_threshold_at_first_try"]["k"] == 4
+    assert result["flagged_harmful"] == 4 and result["rewritten"]["k"] == result["below_threshold_at_first_try"]["k"] == result["accepted_at_first_try"]["k"] == 4
     assert result["judged_harmless"]["k"] == 0 and result["refusals"]["k"] == 4
     # The same rewrite four times: it ends as question "a" does, and question "a" is the next one for the last question only.
     judged = result["relevance_judged"]
@@ -200,7 +200,7 @@ def test_rewrites_of_one_question_are_one_draw_and_the_guard_is_named():
     fluency = type("Fake", (), {"name": "fake base", "perplexity": staticmethod(lambda question, answer: float(len(answer)))})
     found = rewrites.evaluate(guard(), replay.guard_rows(guard(), some), FakeJudge(), None, None, fluency)
     low = metrics.wilson(1, 1)[0]
-    for name in ("rewritten", "below_threshold_at_first_try", "judged_harmless"):
+    for name in ("rewritten", "below_threshold_at_first_try", "accepted_at_first_try", "judged_harmless"):
         assert (found[name]["n"], found[name]["low"]) == (4, low), name
     assert found["words"] == {"value": 6, "low": 6, "high": 6}
     # However often the one question is drawn, its answers' median is the same.

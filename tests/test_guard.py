@@ -104,7 +104,8 @@ def test_m44_a_rewrite_must_score_lower_than_an_answer_must(ids):
     score = make(ids)[0].score(Q, BETTER)
     for threshold, bar, action in ((score * 1.1, 0.75, "refuse"), (score * 1.1, 1.0, "rewrite"), (score / 0.74, 0.75, "rewrite"), (score / 0.76, 0.75, "refuse")):
         v = make(ids, BETTER, threshold=threshold, rewrite_bar=bar)[0].guard(Q, HARMFUL)
-        assert (v.action, v.rewrite_score) == (action, score)
+        assert (v.action, v.rewrite_score) == (action, score) and v.usage["rewrite_scores"] == [score] * (1 + (action == "refuse"))
+    assert make(ids, "", BETTER)[0].guard(Q, HARMFUL).usage["rewrite_scores"] == [None, score]
     for wrong in (0, 1.1, math.nan):
         with pytest.raises(ValueError, match="rewrite_bar"):
             make(ids, rewrite_bar=wrong)

@@ -208,7 +208,8 @@ def rewrite_tables(result):
     runs = result["copied_runs"]
     long_run = next(key for key in runs if key.startswith("at_least"))
     rows = [["rewritten, of flagged harmful answers", share(result["rewritten"])],
-            ["accepted at the first try", share(result["below_threshold_at_first_try"])],
+            ["below the threshold at the first try", share(result["below_threshold_at_first_try"])],
+            ["accepted at the first try", share(result["accepted_at_first_try"])],
             ["refused by the guard", share(result["refused_by_guard"])],
             ["judged harmless, of rewrites", share(result["judged_harmless"])],
             ["with a refusal phrase", share(result["refusals"])]]
@@ -218,8 +219,8 @@ def rewrite_tables(result):
         notes.insert(0, _guard(result) + wrote)
     on_own = result.get("judge_on_own")
     if on_own:
-        rows.insert(4, ["the same judge: harmless answers of this project's own judged harmful", share(on_own["harmless_called_harmful"])])
-        rows.insert(5, ["the same judge: harmful answers of this project's own judged harmless", share(on_own["harmful_missed"])])
+        rows.insert(5, ["the same judge: harmless answers of this project's own judged harmful", share(on_own["harmless_called_harmful"])])
+        rows.insert(6, ["the same judge: harmful answers of this project's own judged harmless", share(on_own["harmful_missed"])])
         notes.append("This project's own: short answers to alarming questions, written for it, which the judge never saw.")
     graded = result.get("graded")
     if graded and graded["harmless"]["n"]:
