@@ -20,7 +20,6 @@ from . import report, table
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "protector/weights/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FIGURES = ROOT / "results/figures"
-PENDING = {"joint"}  # documents may hold their blocks before the command has run
 BLOCK = re.compile(r"<!-- from (\S+) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
@@ -39,8 +38,6 @@ def draw(name):
     path = ROOT / name
     if path.suffix == ".gguf":
         return _thresholds(path)
-    if path.stem in PENDING and not path.exists():
-        return "Not run yet."
     result = json.loads(path.read_text())
     return RENDERERS.get(path.stem + mark + part, _report())(result)
 
