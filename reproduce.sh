@@ -95,7 +95,8 @@ train() {
 
 # --- 4. export: adapters with head, canaries and metadata as GGUF
 export_() {
-    [ "$RUNS/detector.gguf" -nt "$RUNS/detector/run.json" ] || { say "export"; $PROTECTOR export --model "$RUNS/detector" --out "$RUNS/detector.gguf"; }
+    [ "$RUNS/detector.gguf" -nt "$RUNS/detector/run.json" ] || { say "export"; $PROTECTOR export --model "$RUNS/detector" --out "$RUNS/detector.gguf" || {
+        echo "reproduce.sh: $MINUTES_DETECTOR minutes were too few on this machine, slow or busy. Run: rm -r $RUNS/detector; MINUTES_DETECTOR=$((3 * MINUTES_DETECTOR)) bash reproduce.sh" >&2; exit 1; }; }
     [ "$RUNS/detoxifier.gguf" -nt "$RUNS/detoxifier/run.json" ] || $PROTECTOR export --model "$RUNS/detoxifier" --out "$RUNS/detoxifier.gguf"
 }
 
