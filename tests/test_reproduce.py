@@ -47,3 +47,11 @@ def test_models_of_other_data_are_no_column_of_the_table(script, tmp_path):
         refused = script(stage, RUNS=str(tmp_path), DATA=str(tmp_path))
         assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.endswith(
             f"reproduce.sh: {tmp_path}/detector/run.json must name {tmp_path}/train_pairs.jsonl.gz, got other data. Set RUNS to another folder.\n")
+
+
+def test_too_short_a_training_says_what_to_do(script, tmp_path):
+    """Regression: on a busy machine the detector took three steps in its minutes, and every later run ended at its export, too."""
+    (tmp_path / "venv/bin/python").write_text('#!/bin/sh\necho "$@"\ncase "$*" in *export*) exit 2; esac\n')
+    failed = script("export", RUNS=str(tmp_path / "runs"), MINUTES_DETECTOR="7")
+    assert failed.returncode == 1 and failed.stderr.endswith(
+        f"7 minutes were too few on this machine, slow or busy. Run: rm -r {tmp_path}/runs/detector; MINUTES_DETECTOR=21 bash reproduce.sh\n")
