@@ -129,13 +129,6 @@ def test_a_run_trains_and_measures_all_ways(tiny, files, tmp_path, capsys):
     assert "made_up" in capsys.readouterr().out and "clean" not in (tmp_path / "joint.json").read_text()
 
 
-def test_a_block_waits_for_its_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(blocks, "ROOT", tmp_path)
-    assert blocks.draw("results/joint.json") == "Not run yet."
-    with pytest.raises(FileNotFoundError):
-        blocks.draw("results/shared.json")
-
-
 @pytest.mark.parametrize("options, message", (
     ({"steps": 0}, r"steps must be at least 1, got 0\. Choose another number\."),
     ({"sources": ("absent",)}, r"measure must hold a source .* got none of one\. Pass other files\."), ({"held_out": 0.0}, "measure must hold .*")))

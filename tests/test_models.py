@@ -245,8 +245,8 @@ WHOLE = "must hold protector.json and a whole model.safetensors, got"
     (lambda p: edit(p, kind="detoxifier"), "/model.safetensors must fit its protector.json, got other tensors. Copy the folder whole."),
     (lambda p: poison(p, float("nan")), "/model.safetensors must be finite, got NaN or Inf. Train it again."),
     (lambda p: poison(p, float("inf")), "/model.safetensors must be finite, got NaN or Inf. Train it again."),
-    (lambda p: (p / "calibration.json").write_text("{"), "/calibration.json must be a JSON list, got something else. Calibrate again."),
-    (lambda p: (p / "calibration.json").write_text("3"), "/calibration.json must be a JSON list, got something else. Calibrate again."),
+    (lambda p: (p / "calibration.json").write_text("{"), "/calibration.json must be a JSON list of calibrations, got something else. Calibrate again."),
+    (lambda p: (p / "calibration.json").write_text("3"), "/calibration.json must be a JSON list of calibrations, got something else. Calibrate again."),
 ])
 def test_a_spoilt_folder_does_not_load(saved, spoil, message):
     spoil(saved)

@@ -18,7 +18,7 @@ TURNS = [{"role": "user", "content": "What happens on a mountain?"}, {"role": "a
 
 def replica(upstream_url):
     guard = Protector(FakeDetector(), FakeDetoxifier(), threshold=0.5)
-    return serving(create_app(guard, ServeConfig(upstream=upstream_url)))
+    return serving(create_app(guard, ServeConfig(upstream=upstream_url), check=lambda protector: None))  # a fake has no canaries
 
 
 def ask(url):
