@@ -72,7 +72,7 @@ of_these_data() {
 # --- 3. train: harm detector (binary cross-entropy) and response detoxifier (autoregressive loss)
 train() {
     of_these_data
-    local pairs triples exclude=() lr_detector=4e-4 lr_detoxifier=5e-4 batch=2048
+    local pairs triples exclude=() short=() lr_detector=4e-4 lr_detoxifier=5e-4 batch=2048
     if [ -n "$DATA" ]; then
         pairs=("$PAIRS" "$DATA/train_benign_mllm.jsonl.gz" own)
         triples=("$TRIPLES" own)
@@ -82,11 +82,12 @@ train() {
         triples=("$TRIPLES" own)
         exclude=(--exclude "$RUNS/data/judge.jsonl" "$RUNS/data/measure.jsonl")
         lr_detector=1e-3 lr_detoxifier=1e-3 batch=1024  # a few minutes: more and larger steps
+        short=(everyday=12 alarming=8 image=4 nearmiss=3)  # what the canaries are about, so that some 70 steps tell them apart
     fi
     # Sources with few questions or weak labels weigh less; a source that isn't there is ignored.
     [ -f "$RUNS/detector/run.json" ] || { say "train: detector, $MINUTES_DETECTOR minutes"; $PROTECTOR train detector --data "${pairs[@]}" \
         --out "$RUNS/detector" --depth 15 --rank 16 --lr "$lr_detector" --batch-tokens "$batch" --minutes "$MINUTES_DETECTOR" --epochs 4 --answer-only 0.12 --augment 0.12 \
-        --source-weights answers=0 pope_captions=3 opera_chair=3 gpt4o_mini_benign=3 diasafety=0.6 hh_rlhf_harmless_test=1.2 \
+        --source-weights answers=0 pope_captions=3 opera_chair=3 gpt4o_mini_benign=3 diasafety=0.6 hh_rlhf_harmless_test=1.2 ${short[@]+"${short[@]}"} \
         --loss-weights hh_rlhf_harmless_test=0.6 shadow_alignment=0.6 derta=0.7 "${exclude[@]}"; }
     [ -f "$RUNS/detoxifier/run.json" ] || { say "train: detoxifier, $MINUTES_DETOXIFIER minutes"; $PROTECTOR train detoxifier --data "${triples[@]}" \
         --out "$RUNS/detoxifier" --rank 16 --lr "$lr_detoxifier" --batch-tokens "$batch" --minutes "$MINUTES_DETOXIFIER" --epochs 4 --balance 0.7 --refusal-cap 0.15 --rewrite-tokens 128 \
