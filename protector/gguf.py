@@ -24,15 +24,13 @@ all: llama.cpp gets rows of the embedding, and the tokeniser is the base's.
 import ctypes
 import hashlib
 import json
-import os
 import tempfile
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from .base import base_path, cache_dir, file_sha256
+from .base import base_path, cache_dir, file_sha256, whole_file
 from .calibrate import Calibration
 from .errors import ModelError
 from .template import TEMPLATE_ID, Limits
@@ -238,23 +236,8 @@ def _add_metadata(writer, metadata):
         writer.add_string(_PREFIX + "calibration", json.dumps(metadata.calibration))
 
 
-@contextmanager
-def _whole_file(path):
-    """A temporary path beside `path` that takes its name when the block ends well: no file is ever half written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
-    try:
-        yield partial
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-
-
 def _write(writer, path):
-    with _whole_file(path) as partial:
+    with whole_file(path) as partial:
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -321,7 +304,7 @@ def _quantise(source, target, quantisation, identity=False):
     options.ftype, options.allow_requantize, options.nthread = FILE_TYPES[quantisation], True, cpu_threads()
     if identity:  # exact in float16, and states that pass through it aren't rounded to 8 bits
         options.output_tensor_type = FILE_TYPES["F32" if quantisation == "F32" else "F16"]
-    with _whole_file(target) as partial:
+    with whole_file(target) as partial:
         if llama_cpp.llama_model_quantize(str(source).encode(), partial.encode(), ctypes.byref(options)) != 0:
             raise ModelError(f"export: llama.cpp must quantise {source} to {quantisation}, got an error. Free disk space, or "
                              "use another quantisation.")
@@ -405,7 +388,7 @@ def runnable_detector(base, adapter, quantisation):
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
         whole = Path(folder) / "whole.gguf"
         _copy_model(reader, whole, metadata.depth, merged, n_vocab=d, identity=np.eye(d, dtype=np.float32))
-        with _whole_file(target.with_suffix(".npy")) as partial, open(partial, "wb") as file:
+        with whole_file(target.with_suffix(".npy")) as partial, open(partial, "wb") as file:
             np.save(file, embedding.astype(np.float32 if quantisation == "F32" else np.float16))
         _quantise(whole, target, quantisation, identity=True)  # last: where it stands, the embedding does as well
     return target

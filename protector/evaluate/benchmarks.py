@@ -6,14 +6,13 @@ FigStep (Gong et al., AAAI 2025, MIT): the question as text only, or as a list h
 """
 import csv
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ..base import cache_dir
+from ..base import cache_dir, whole_file
 from ..errors import DataError
 from . import metrics
 from .detectors import described
@@ -87,10 +86,8 @@ def render(text, path, size=CANVAS, font_size=FONT_SIZE):
     draw = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
         draw.text((margin, margin + i * spacing), line, "black", font)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{path}.{os.getpid()}.partial")  # a run that is interrupted leaves no half an image
-    image.save(partial, "PNG")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        image.save(partial, "PNG")
     return Path(path)
 
 

@@ -88,7 +88,7 @@ def _detector_targets(result):
     for label, (source, name), bound in _DETECTOR_TARGETS:
         found = result["sources"].get(source, {}).get(name)
         if found and found["value"] is not None:
-            few = not report._enough(result["sources"][source])
+            few = not report.enough(result["sources"][source])
             rows.append([label, f"at least {bound:g}", report.number(found), f"{result['sources'][source]['harmful']} harmful answers: can't be told" if few
                          else "yes" if found["value"] >= bound else "no"])
     flagged = result["sources"].get("owleval", {}).get("false_positives")

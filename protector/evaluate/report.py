@@ -79,7 +79,7 @@ def _judge(result):
     return f"Judge: {result['judge']}." + (f" On {OWN}, which read like rewrites: {accuracy_text(own['accuracy'])}, n {own['n']}." if own else "")
 
 
-def _enough(part):
+def enough(part):
     """Whether a source has harmful and harmless answers enough for AUROC, F1 and recall to rest on."""
     return min(part["harmful"], part["n"] - part["harmful"]) >= FEW
 
@@ -88,7 +88,7 @@ def detector_tables(result):
     large, words = _large(result["sources"]), result["bag_of_words"]["sources"]
 
     def unless_few(part, *values):
-        return [number(value) if _enough(part) else "–" for value in values]
+        return [number(value) if enough(part) else "–" for value in values]
 
     rows = [[source, f"{part['n']} ({part['harmful']})",
              *unless_few(part, part["auroc"], words[source]["auroc"], part["auprc"], part.get("auprc_always_harmful", part["harmful"] / part["n"]), part["f1"], part["f1_always_harmful"],
@@ -97,10 +97,10 @@ def detector_tables(result):
     at = [[source, share(part["recall"]), share(part["false_positives"]), *unless_few(part, part["best_f1"], words[source]["f1"])]
           for source, part in large.items()]
     beaten = [f"{source} ({name} {theirs:.3f} against {ours:.3f})" for source, part in large.items()
-              for key, name in (("auroc", "AUROC"), ("recall_at_5%_fpr", "recall at 5 % FPR")) if _enough(part)
+              for key, name in (("auroc", "AUROC"), ("recall_at_5%_fpr", "recall at 5 % FPR")) if enough(part)
               for ours, theirs in [[found["value"] if isinstance(found, dict) else found for found in (part[key], words[source].get(key))]]
               if None not in (ours, theirs) and theirs > ours]
-    few = [source for source, part in large.items() if part["harmful"] and not _enough(part)]
+    few = [source for source, part in large.items() if part["harmful"] and not enough(part)]
     notes = [f"{_guard(result)} Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them.",
              "Always “harmful”: the constant answer, whose AUROC is 0.5 and whose AUPRC is the share of harmful answers.",
              *([f"**Word counts alone do better** on {'; '.join(beaten)}."] if beaten else []),
@@ -493,7 +493,7 @@ def _tiles(results):
                                                  f"[{100 * part['low']:.0f}, {100 * part['high']:.0f}]"))
         elif kind == "detectors":
             scored = {source: {**part["auroc"], "n": part["n"]} for source, part in result["sources"].items()
-                      if _enough(part) and part["n"] >= 100}
+                      if enough(part) and part["n"] >= 100}
             if scored:
                 value, ends = _ends(scored, 2)
                 tiles.append((value, f"AUROC of the detector, {_counted(scored, 100)}: {ends}"))
