@@ -121,14 +121,16 @@ evaluate() {
     say "evaluate: attacks before and after, utility, judge, rewrites; the page is $RUNS/report/index.html"
     local benchmarks=() most=60 questions=2 out="$RUNS/results"
     [ -z "$DATA" ] || most=0 questions=0 out="$RESULTS"  # the full sets, hours on a CPU; what was answered stays in the cache when it is interrupted
-    [ -n "$DATA" ] && [ -d "$DATA/questions" ] && benchmarks=(--mm-safetybench "$DATA/questions/mm_safetybench" --figstep "$DATA/questions/figstep")
+    [ -n "$DATA" ] && [ -d "$DATA/questions/mm_safetybench" ] && benchmarks+=(--mm-safetybench "$DATA/questions/mm_safetybench")
+    [ -n "$DATA" ] && [ -d "$DATA/questions/figstep" ] && benchmarks+=(--figstep "$DATA/questions/figstep")
     $PROTECTOR evaluate all --data "${DATA:-$RUNS/data}" --most "${MOST:-$most}" --questions "${QUESTIONS:-$questions}" ${benchmarks[@]+"${benchmarks[@]}"} --out "$out" --report "$RUNS/report"
 }
 
 # The load average of a minute in which a bench ran would call the next one's machine busy.
 quiet() { sleep 90; }
 
-# --- 7. bench: nothing else may run meanwhile; bench.json, bench_sweep.json, stream.json, head_*.json and ray.json in $RESULTS
+# --- 7. bench: nothing else may run meanwhile; bench.json, bench_sweep.json, stream.json, head_*.json and ray.json in $RESULTS,
+#        with DATA shared.json, lookup.json and depth.json, too
 bench() {
     say "bench: detector, rewrites, guard, memory and training beside llama.cpp bare and transformers"
     $PROTECTOR bench --out "$RESULTS/bench.json"
@@ -146,6 +148,16 @@ bench() {
         say "bench: Ray"
         "$VENV/bin/python" -m protector.bench_ray --out "$RESULTS/ray.json"
     fi
+    [ -n "$DATA" ] || return 0
+    local measure=(--measure "$DATA/dev_pairs.jsonl.gz" --out "$RESULTS" --sources beavertails_test_NC pyrit)  # and what follows it
+    quiet
+    say "bench: one backbone for both tasks"
+    "$VENV/bin/python" -m protector.evaluate.shared --train "$PAIRS" "${measure[@]}" openai_rbr diasafety --most 60
+    quiet
+    say "bench: prompt lookup"
+    "$VENV/bin/python" -m protector.evaluate.lookup "${measure[@]}" --most 20
+    say "bench: what a linear layer sees at each depth"
+    "$VENV/bin/python" -m protector.evaluate.depth --train "$PAIRS" "${measure[@]}" openai_rbr diasafety msts_english_multimodal
 }
 
 tests() {

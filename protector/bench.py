@@ -40,6 +40,7 @@ SETTLE_S = 0.05  # between two measurements: another engine's threads spin for s
 QUESTIONS = ("How is bread baked? Explain it step by step.", "How does a bicycle stay upright?", "What should I see in Rome?")
 HARMFUL = ("Is it safe to mix bleach and vinegar?", "Yes, it is safe to mix bleach and vinegar.")
 _BATCH_TOKENS = 512  # llama.cpp's own default for a physical batch
+_CLOSE = 0.2  # logits, after the temperature; Q8_0, which rounds weights more coarsely than bf16, moves them by up to .18 (results/parity.json)
 _GROWS = {"compiled": "not tried: each step of a growing cache has another shape"}
 
 
@@ -237,6 +238,20 @@ class Plain:
         self.lm = AutoModelForCausalLM.from_pretrained(Path(folder) / "detoxifier", dtype=self.dtype).to(self.device).eval()
         self.backend = load(detector)  # which Protector(backend="torch") runs
         self.compiled = torch.compile(self.classifier, dynamic=False)  # the strongest: one compilation for each length
+        self.compiled_lm = torch.compile(self.lm, dynamic=False)  # for prompts alone
+
+    def check(self, detector):
+        """Compare the exported detector with the guard's.
+
+        Raises:
+            ModelError: it gives one text another logit: its speed would be another model's.
+        """
+        template = detector.template
+        ids, start = template.detector_sequence(template.clip_question(HARMFUL[0])[0], template.encode(HARMFUL[1]))
+        wanted, found = detector.running_logits([ids], [start])[0][-1], self.score(ids) + self.classifier.config.head_bias
+        if not abs(found - wanted) <= _CLOSE:  # NaN fails too
+            raise ModelError(f"bench: exported detector must have the guard's logit, {wanted:.3f}, to within {_CLOSE}, got {found:.3f}. "
+                             "Run tests/test_export.py.")
 
     def score(self, ids, model=None):
         """Logit of one sequence; .item() waits for a GPU."""
@@ -256,13 +271,13 @@ class Plain:
 
             return seconds(lambda: [step(token) for token in ids])
 
-    def write(self, prompt, n):
+    def write(self, prompt, n, model=None):
         """(seconds to the first greedy token, seconds for the n passes after it)."""
         with self.torch.inference_mode():
-            start, cache, ids = time.perf_counter(), None, [prompt]
+            start, cache, ids, model = time.perf_counter(), None, [prompt], self.lm if model is None else model  # trap: as in score
             for i in range(n + 1):
-                output = self.lm(input_ids=self.torch.tensor(ids, device=self.device), past_key_values=cache, use_cache=True,
-                                 logits_to_keep=1)
+                output = model(input_ids=self.torch.tensor(ids, device=self.device), past_key_values=cache, use_cache=True,
+                               logits_to_keep=1)
                 cache, ids = output.past_key_values, [[int(output.logits[0, -1].argmax())]]
                 if i == 0:
                     first = time.perf_counter()
@@ -281,6 +296,7 @@ def measure(config, sizes, rounds, threads):
     with tempfile.TemporaryDirectory() as folder:
         try:
             plain = Plain(*paths, folder, threads)
+            plain.check(detector)
         except ImportError as error:
             plain = None
             result["left_out"] = f"PyTorch backend, transformers eager, compiled, this machine's limits, training: they need the package {error.name}"
@@ -291,7 +307,7 @@ def measure(config, sizes, rounds, threads):
             rows[f"detector, {n} tokens"] = _prefill(detector, plain, n, rounds, sizes, threads)
         rows["detector, token by token"] = _streaming(detector, plain, sizes.stream, rounds, threads)
         _say("rewrites")
-        rows |= _rewriting(detoxifier, plain, sizes.rewrites, rounds, threads)
+        rows |= _rewriting(detoxifier, plain, rounds, sizes, threads)
         _say("guard")
         result["guarding"] = _guarding(detector, sizes.answer, rounds, threads)
         _say("cold start and memory")
@@ -336,14 +352,21 @@ def _prefill(detector, plain, n, rounds, sizes, threads):
     if plain:
         functions["torch"] = rate(n, lambda: plain.backend.running_logits([ids], [start]))  # on the CPU when it returns
         functions["transformers"] = rate(n, lambda: plain.score(ids))
-        missing = {"compiled": "left out of a quick run"}
-        if sizes.compiled:
-            try:
-                plain.score(ids, plain.compiled)  # compiles
-                functions["compiled"], missing = rate(n, lambda: plain.score(ids, plain.compiled)), {}
-            except Exception as error:  # a compiler's failure is a finding here, of whatever kind
-                missing = {"compiled": f"torch.compile failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        missing = _not_compiled(sizes, lambda: plain.score(ids, plain.compiled))
+        if not missing:
+            functions["compiled"] = rate(n, lambda: plain.score(ids, plain.compiled))
     return compared("tokens/s", in_turns(functions, rounds), missing)
+
+
+def _not_compiled(sizes, work):
+    """Do the work, which compiles; why there is no compiled number, {} where there is."""
+    if not sizes.compiled:
+        return {"compiled": "left out of a quick run"}
+    try:
+        work()
+    except Exception as error:  # a compiler's failure is a finding here, of whatever kind
+        return {"compiled": f"torch.compile failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    return {}
 
 
 def _streaming(detector, plain, n, rounds, threads):
@@ -364,9 +387,9 @@ def _streaming(detector, plain, n, rounds, threads):
     return compared("tokens/s", in_turns(functions, rounds), plain and _GROWS)
 
 
-def _rewriting(detoxifier, plain, n, rounds, threads):
+def _rewriting(detoxifier, plain, rounds, sizes, threads):
     """Speed of writing, and the wait for the first token, on harmful answers of this project's corpus."""
-    template, triples = detoxifier.template, data.read("own")[1]
+    template, triples, n, missing = detoxifier.template, data.read("own")[1], sizes.rewrites, {}
     prompts = [template.rewrite_prompt(row.question, row.rejected) for row in data.spread(triples, n)]
     bare = Bare(detoxifier.context.weights, threads, _adapter(detoxifier))
 
@@ -389,11 +412,14 @@ def _rewriting(detoxifier, plain, n, rounds, threads):
     functions = {"guard": lambda: of_all(lambda prompt, _: ours(prompt)), "bare": lambda: of_all(bare.write)}
     if plain:
         functions["transformers"] = lambda: of_all(plain.write)
+        missing = _not_compiled(sizes, lambda: [plain.write(prompt, 0, plain.compiled_lm) for prompt in prompts])
+        if not missing:
+            functions["compiled"] = lambda: (None, 1e3 * sum(plain.write(prompt, 0, plain.compiled_lm)[0] for prompt in prompts) / n)
     turns = in_turns(functions, rounds)
-    rows = [compared(unit, {name: [value[i] for value in values] for name, values in turns.items()}, plain and _GROWS)
-            for i, unit in enumerate(("tokens/s", "ms"))]
-    rows[0]["tokens_written"] = sum(n_written)
-    return {"rewriting, token by token": rows[0], "first rewritten token": rows[1]}
+    speed, first = ({name: [value[i] for value in values] for name, values in turns.items()} for i in (0, 1))
+    speed.pop("compiled", None)
+    return {"rewriting, token by token": {**compared("tokens/s", speed, plain and _GROWS), "tokens_written": sum(n_written)},
+            "first rewritten token": compared("ms", first, missing)}
 
 
 def _guarding(detector, n, rounds, threads):
@@ -636,7 +662,10 @@ def targets(result):
     add("rewriting: share of llama.cpp bare", 0.9, rows["rewriting, token by token"]["ratios"]["bare"], False)
     add("start to first verdict, s", 1.5, rows["start to first verdict"]["values"]["guard"], True)
     if "peak memory" in rows:
-        add("peak memory, times the files mapped", 1.3, rows["peak memory"]["detector"]["of_mapped"], True)
+        memory = rows["peak memory"]["detector"]
+        add("peak memory, times the files mapped", 1.3, memory["of_mapped"], True)
+        if "of_gguf" in memory:
+            add("peak memory, times the GGUF alone", 1.3, memory["of_gguf"], True)
     if "training" in rows:
         add("training: times a plain Trainer, both eager", 1.5, rows["training"]["ratios"]["transformers"], False)
     return found
@@ -644,7 +673,7 @@ def targets(result):
 
 def _is_judged(result):
     on_gpu = result.get("models", {}).get("gpu_offload") or (result.get("transformers") or {}).get("device", "cpu") != "cpu"
-    return result["run"]["cores"] == 2 and not on_gpu
+    return result["run"]["cores"] == result["threads"] == 2 and not on_gpu
 
 
 # -- tables

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import data
 from .bench import in_turns, rate
-from .bench_rounds import busy, described, load_before, warn
+from .bench_rounds import busy, described, warn, watched
 from .evaluate import record
 from .integrations.ray import guard_files
 from .llama import cpu_threads
@@ -44,7 +44,7 @@ def run(config):
     """
     import ray
 
-    workers, load = config.workers or cpu_threads(), load_before()
+    workers, meanwhile = config.workers or cpu_threads(), watched()
     pairs, triples = data.read("own")
     pairs += data.pairs_of(triples)
     with tempfile.TemporaryDirectory() as folder:
@@ -64,9 +64,10 @@ def run(config):
         try:
             values = in_turns({"one thread": rate(n, lambda: guarded(0, 1)), "all threads": rate(n, lambda: guarded(0, cpu_threads())),
                                "ray": rate(n, lambda: guarded(workers, 1))}, config.rounds)
+            machine = meanwhile()  # while Ray's processes are still this one's
         finally:
             ray.shutdown()
-    result = {"kind": "bench_ray", "rows": n, "workers": workers, "load_before": load, "rows_per_s": {name: described(value) for name, value in values.items()},
+    result = {"kind": "bench_ray", "rows": n, "workers": workers, **machine, "rows_per_s": {name: described(value) for name, value in values.items()},
               "ray_over": {name: described(np.array(values["ray"]) / np.array(values[name])) for name in ("one thread", "all threads")}}
     result["busy"] = busy(result)
     out = Path(config.out)

@@ -2,8 +2,9 @@
 
     flat          time of a token in a stream of 4,000 tokens over that in one of 200
     generation    time of scoring an answer while it is written over the time in which llama.cpp's base model writes it, step by
-                  step in turns, in steps of that model the wait after its last token and the longest push before, and how many tokens it was
-                  ahead when text was let out
+                  step in turns; in steps of that model the longest push and the wait after the last token, the longest of the answer's
+                  ends with 0 to STEP_TOKENS - 1 tokens less; the wait where its normalised view differs by one space; and how many
+                  tokens it was ahead when text was let out
     in a row      resident memory before and after many short streams
     clients       tokens a second of 16 threads that stream over those of one; likewise of whole answers
 
@@ -96,16 +97,19 @@ def run(config):
 
 
 def targets(result):
-    """{name: {"value", "bound", "holds", "busy"}}; bytes are never busy."""
+    """{name: {"value", "spread", "bound", "at_least", "holds", "busy"}}; bytes have no spread and are never busy."""
     is_busy, grown = bool(loaded(result)), result["in_a_row"]["grown_bytes"]
     parts = {"scoring, share of generating": (result["generation"]["share"], COST, False),
              "wait after the last token, generation steps": (result["generation"]["wait_steps"], WAIT_STEPS, False),
+             "longest push before it, generation steps": (result["generation"]["push_steps"], WAIT_STEPS, False),
              "a token of a long stream, against a short one's": (result["flat"]["ratio"], FLAT, False),
              "streams of many clients, against one": (result["clients"]["streams"]["ratio"], CLIENTS, True)}
-    found = {name: {"value": number["median"], "bound": bound, "holds": number["median"] >= bound if at_least else number["median"] <= bound,
-                      "busy": is_busy or number["spread"] > BUSY} for name, (number, bound, at_least) in parts.items()}
+    found = {name: {"value": number["median"], "spread": number["spread"], "bound": bound, "at_least": at_least,
+                    "holds": number["median"] >= bound if at_least else number["median"] <= bound, "busy": is_busy or number["spread"] > BUSY}
+             for name, (number, bound, at_least) in parts.items()}
     if grown is not None:
-        found["bytes grown over all short streams"] = {"value": grown, "bound": GROWTH_BYTES, "holds": grown <= GROWTH_BYTES, "busy": False}
+        found["bytes grown over all short streams"] = {"value": grown, "spread": None, "bound": GROWTH_BYTES, "at_least": False,
+                                                       "holds": grown <= GROWTH_BYTES, "busy": False}
     return found
 
 
@@ -142,7 +146,7 @@ def generation(guard, sizes, rounds, threads):
 
     def answer():
         state, written_s, scored_s, longest_s = StreamGuard(guard, QUESTION), 0.0, 0.0, 0.0
-        ends, n_chars, held = [], 0, []  # of each token in characters; those released before; tokens held
+        pieces, ends, n_chars, held = [], [], 0, []  # of each token: text, end in characters; characters released before; tokens held
         bare.read(prompt)
         for _ in range(sizes.answer):
             start = time.perf_counter()
@@ -152,6 +156,7 @@ def generation(guard, sizes, rounds, threads):
             bare.step([token])
             written = time.perf_counter()
             piece = tokenizer.decode([token])
+            pieces.append(piece)
             state.push(piece)
             pushed_s = time.perf_counter() - written
             written_s, scored_s, longest_s = written_s + written - start, scored_s + pushed_s, max(longest_s, pushed_s)
@@ -159,13 +164,25 @@ def generation(guard, sizes, rounds, threads):
             if state.released > n_chars:
                 held.append(len(ends) - bisect_right(ends, n_chars))
                 n_chars = state.released
-        return written_s, scored_s, longest_s, seconds(state.finish), *((np.median(held), max(held)) if held else (np.nan, np.nan))
+        finished_s = seconds(state.finish)
+        waited_s = max(finish_s(guard, pieces[:len(pieces) - n_less]) for n_less in range(min(STEP_TOKENS, len(pieces))))
+        viewed_s = finish_s(guard, ["\N{NO-BREAK SPACE}", *pieces])
+        return written_s, scored_s + finished_s, longest_s, waited_s, viewed_s, *((np.median(held), max(held)) if held else (np.nan, np.nan))
 
-    written_s, scored_s, longest_s, waited_s, median_held, most_held = np.array(in_turns({"answer": answer}, rounds)["answer"]).T
+    written_s, scored_s, longest_s, waited_s, viewed_s, median_held, most_held = np.array(in_turns({"answer": answer}, rounds)["answer"]).T
     step_s = written_s / sizes.answer
     return {"written_tokens_per_s": described(1 / step_s), "scored_ms_per_token": described(1e3 * scored_s / sizes.answer),
-            "share": described((scored_s + waited_s) / written_s), "wait_steps": described(waited_s / step_s), "wait_ms": described(1e3 * waited_s),
-            "push_steps": described(longest_s / step_s), "held_tokens": {"median": float(np.median(median_held)), "largest": float(most_held.max())}}
+            "share": described(scored_s / written_s), "wait_steps": described(waited_s / step_s), "wait_ms": described(1e3 * waited_s),
+            "view_wait_steps": described(viewed_s / step_s), "push_steps": described(longest_s / step_s),
+            "held_tokens": {"median": float(np.median(median_held)), "largest": float(most_held.max())}}
+
+
+def finish_s(guard, pieces):
+    """Seconds that a stream of these pieces waits at its end."""
+    state = StreamGuard(guard, QUESTION)
+    for piece in pieces:
+        state.push(piece)
+    return seconds(state.finish)
 
 
 def clients(guard, sizes, rounds):

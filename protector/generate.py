@@ -56,6 +56,7 @@ _TRIPLE = ("You help to train a safety filter. Write one example about: {topic}.
 _PAIR = ("You help to train a safety filter that must not cry wolf. Write one example about: {topic}.\nReply with one JSON object with two strings:\n"
          "\"question\": what a user asks, as {style};\n\"answer\": a correct, harmless and helpful answer of two to four sentences.")
 _LIMITS = {"question": (8, 600), "accepted": (20, 2000), "rejected": (20, 2000), "answer": (20, 2000)}  # characters
+_CONTEXT, _PROMPT = 2048, 512  # tokens of a GGUF model's context, and of the longest prompt in it at most
 _SAME = 0.6  # share of common word triples from which two questions count as one
 
 
@@ -72,7 +73,7 @@ class GenerateConfig:
     pool: tuple[str, ...] = option(("own",), "files whose questions must not come again")
     seed: int = option(0, "of styles and sampling")
     temperature: float = option(1.0, "of sampling")
-    tokens: int = option(700, "of one reply")
+    tokens: int = option(700, f"of one reply; with gguf at most {_CONTEXT - _PROMPT}")
     json_mode: bool = option(True, "ask the server for a JSON object; off for servers without response_format")
     workers: int = option(4, "requests at once to a server")
     timeout_s: float = option(120.0, "of one attempt")
@@ -120,7 +121,7 @@ class LocalChat:
     def __init__(self, path, n_threads=None):
         from .engine import llama_cpp
 
-        self.llama = llama_cpp.Llama(str(path), n_ctx=2048, n_threads=n_threads, verbose=False)
+        self.llama = llama_cpp.Llama(str(path), n_ctx=_CONTEXT, n_threads=n_threads, verbose=False)
         self.model, self._lock = Path(path).stem, threading.Lock()
 
     def chat(self, messages, max_tokens=512, temperature=0.0, accept=None, seed=None, response_format=None):
@@ -309,13 +310,16 @@ def run(config):
     Returns:
         0
     Raises:
-        ValueError: neither or both of url and gguf, or an unknown scenario.
+        ValueError: neither or both of url and gguf, an unknown scenario, or more tokens than a GGUF model's context holds.
     """
     unknown = [name for name in config.scenarios if name not in SCENARIOS]
     if unknown or not config.scenarios:
         raise ValueError(f"generate: scenarios must be some of {', '.join(SCENARIOS)}, got {', '.join(unknown) or 'none'}.")
     if bool(config.url) == bool(config.gguf) or config.url and not config.model:
         raise ValueError("generate: either url and model, or gguf must be given. Pass --url URL --model NAME, or --gguf FILE.")
+    if config.gguf and not 1 <= config.tokens <= _CONTEXT - _PROMPT:
+        raise ValueError(f"generate: tokens must be 1 to {_CONTEXT - _PROMPT} with gguf, got {config.tokens}. "
+                         f"The context has {_CONTEXT} tokens, of which {_PROMPT} are the prompt's. Ask a server for longer replies.")
     if config.url:
         chat = Endpoint(config.url, config.model, config.timeout_s)
     else:

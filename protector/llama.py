@@ -640,8 +640,8 @@ class _Cursor:
 class LlamaDetoxifier:
     """The response detoxifier on llama.cpp; arguments as of LlamaDetector, without check, and Q8_0 by default.
 
-    It runs on a copy of the base with its adapter merged, made at the first use: a prompt is read in two fifths of the time, and tokens
-    come 7 % faster (results/bench_sweep.json). quantisation="base" applies the adapter at run time, without a copy on disk.
+    It runs on a copy of the base with its adapter merged, made at the first use: prompts and tokens are faster so (the detoxifier's rows
+    of the table in docs/speed.md). quantisation="base" applies the adapter at run time, without a copy on disk.
     """
 
     name = "llama.cpp"

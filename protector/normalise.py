@@ -191,12 +191,18 @@ def _without_marks(match):
 
 
 def _without_accents(text):
-    """Accents go where English shows under them: "thé bléach thàt yòu" is no language that has them."""
-    if not _ACCENTED.search(text):
+    """Accents go where they are dense and English shows under them: "thé bléach thàt yòu" is no language that has them, "a café in Orléans" has two."""
+    if not _is_dense([_ACCENTED.search(word) is not None for word in _WORD.findall(text)]):
         return text
     plain = _ACCENTED.sub(lambda match: unicodedata.normalize("NFD", match.group())[0], text)
     accented_words = {word.lower() for word in _ENGLISH.findall(plain)}
     return plain if len(accented_words) >= 2 else text
+
+
+def _is_dense(marks, least=3, among=8):
+    """Whether so many of neighbouring ones are set."""
+    places = [i for i, mark in enumerate(marks) if mark]
+    return any(last - first < among for first, last in zip(places, places[least - 1:]))
 
 
 def _plain_word(match):

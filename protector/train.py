@@ -51,6 +51,7 @@ class TrainConfig:
     epochs: float = option(1.0, "passes over the data")
     minutes: float = option(0.0, "time budget; 0 = none. The rate falls to 0 at its end")
     prefix_weight: float = option(0.3, "share of the all-prefix loss (detector)")
+    window: int = option(Limits.window, "answer tokens scored in one sequence (detector)")
     answer_only: float = option(0.15, "share of rows shown without their question (detector)")
     augment: float = option(0.0, "share of rows wrapped or obfuscated (detector); augment.py")
     dilute: float = option(0.0, "share of rows put among harmless answers of other rows (detector)")
@@ -227,7 +228,7 @@ def _factors(items, name):
 
 
 _RANGES = {"depth": (0, math.inf), "rank": (0, math.inf), "alpha": (1e-6, math.inf), "lr": (1e-9, 1), "warmup": (0, 1),
-           "batch_tokens": (MICRO_BATCHES, math.inf), "epochs": (0, math.inf), "minutes": (0, math.inf), "prefix_weight": (0, 1),
+           "batch_tokens": (MICRO_BATCHES, math.inf), "window": (Limits.overlap + 1, math.inf), "epochs": (0, math.inf), "minutes": (0, math.inf), "prefix_weight": (0, 1),
            "answer_only": (0, 1), "augment": (0, 1), "dilute": (0, 1), "balance": (0, math.inf), "refusal_cap": (0, 1),
            "rewrite_tokens": (1, math.inf), "checkpoint_s": (0, math.inf), "threads": (0, math.inf)}
 
@@ -269,7 +270,7 @@ def train(config, progress=True):
         torch.set_num_threads(config.threads)
     rows = load_rows(config)
     model = build(ModelConfig(config.kind, config.backbone, config.depth, config.rank, config.alpha,
-                              Limits(rewrite_tokens=config.rewrite_tokens))).to(device).train()
+                              Limits(window=config.window, rewrite_tokens=config.rewrite_tokens))).to(device).train()
     if config.init:
         _start_from(model, config.init)
     if config.compile:

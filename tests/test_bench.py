@@ -111,8 +111,9 @@ def test_loaded_bytes_of_a_merged_detector(llama_detector, torch_detector, tiny,
     assert bench._loaded_bytes(LlamaDetector(tmp_path / "merged.gguf", n_threads=1)) == (tmp_path / "merged.gguf").stat().st_size
 
 
-def test_the_compiled_model_scores_as_the_eager_one(torch_detector, torch_detoxifier, tmp_path, monkeypatch):
-    """Regression: `model or self.classifier` asked the compiled one for its length, and every run said TypeError."""
+@pytest.fixture
+def plain(torch_detector, torch_detoxifier, tmp_path, monkeypatch):
+    """Plain on the tiny models, in float32."""
     import torch
     from protector import export, train
 
@@ -125,10 +126,43 @@ def test_the_compiled_model_scores_as_the_eager_one(torch_detector, torch_detoxi
     threads = torch.get_num_threads()
     plain = bench.Plain(tmp_path / "detector", tmp_path / "detoxifier", tmp_path / "hf", 1)
     torch.set_num_threads(threads)
+    return plain
+
+
+def test_the_compiled_model_scores_as_the_eager_one(plain, torch_detector):
+    """Regression: `model or self.classifier` asked the compiled one for its length, and every run said TypeError."""
     ids = sequences_of(torch_detector, MILD_PAIRS)[0]
     assert plain.score(ids, plain.compiled) == pytest.approx(plain.score(ids), abs=1e-5)
     # The checkpoint's head has no bias. Products in another order: 1e-4, as in test_export.py.
     assert plain.score(ids) == pytest.approx(torch_detector.logits([ids])[0] - torch_detector.head.bias.item(), abs=1e-4)
+
+
+def test_the_exported_detector_must_be_the_guards(plain, llama_detector):
+    plain.check(llama_detector)
+    plain.classifier.config.head_bias = 0.0  # it was -0.25
+    with pytest.raises(ModelError, match=r"^bench: exported detector must have the guard's logit, -?\d\.\d{3}, to within 0\.2, got -?\d\.\d{3}\. Run tests"):
+        plain.check(llama_detector)
+
+
+def test_prompts_are_compiled_and_what_grows_is_not(plain, torch_detoxifier, impatient, monkeypatch):
+    import torch
+
+    prompts, read = iter([list(range(900, 930)), list(range(900, 945))]), []
+    model = SimpleNamespace(
+        template=SimpleNamespace(rewrite_prompt=lambda question, rejected: next(prompts)), context=SimpleNamespace(weights=None),
+        limits=SimpleNamespace(rewrite_tokens=9), generate=lambda prompt, most, deadline: [deadline() for _ in range(3)])
+    monkeypatch.setattr(bench, "Bare", lambda *arguments: SimpleNamespace(write=lambda prompt, n: ([], 1.0, 1.0)))
+    compiled = plain.compiled_lm
+    plain.compiled_lm = lambda **arguments: read.append((arguments["input_ids"].shape[1], compiled(**arguments))) or read[-1][1]
+    rows = bench._rewriting(model, plain, 2, bench.Sizes(rewrites=2), 1)
+    assert rows["first rewritten token"]["values"].keys() == {"guard", "bare", "transformers", "compiled"} and not rows["first rewritten token"]["not_measured"]
+    assert rows["rewriting, token by token"]["values"].keys() == {"guard", "bare", "transformers"}
+    assert rows["rewriting, token by token"]["not_measured"] == bench._GROWS
+    # Both prompts, to compile, to warm up and in two rounds, and nothing behind them; the logits are the detoxifier's.
+    assert [n for n, _ in read] == 4 * [30, 45]
+    with torch.no_grad():
+        wanted = torch_detoxifier.lm(torch.tensor([list(range(900, 930))])).logits[0, -1]
+    assert torch.allclose(read[0][1].logits[0, -1], wanted, atol=2e-3)  # as in test_export.py: logits of up to 20
 
 
 def test_why_a_compiler_failed_is_kept(impatient, monkeypatch):
@@ -315,11 +349,12 @@ def test_a_rewrite_may_have_no_token(impatient, monkeypatch):
     template = SimpleNamespace(rewrite_prompt=lambda question, rejected: [1])
     model = SimpleNamespace(template=template, generate=generate, context=SimpleNamespace(weights=None), limits=SimpleNamespace(rewrite_tokens=9))
     monkeypatch.setattr(bench, "Bare", lambda *arguments: SimpleNamespace(write=lambda prompt, n: ([], 1.0, 1.0)))
-    rows = bench._rewriting(model, None, 2, 2, 1)
+    sizes = bench.Sizes(rewrites=2)
+    rows = bench._rewriting(model, None, 2, sizes, 1)
     assert rows["rewriting, token by token"]["tokens_written"] == 3 and rows["first rewritten token"]["values"]["guard"]["median"] > 0
     with pytest.raises(ModelError, match="must rewrite one of the harmful answers"):
         lengths = iter([0, 0])
-        bench._rewriting(model, None, 2, 2, 1)
+        bench._rewriting(model, None, 2, sizes, 1)
 
 
 def protector(*arguments):
@@ -340,7 +375,7 @@ def test_a_quick_run_measures_everything(real_base, tmp_path):
         assert all(number["median"] > 0 for number in [*row["values"].values(), *row["ratios"].values()]), title
         assert "bare" in row["values"] or title == "training" and "bare" in row["not_measured"]
         assert "compiled" in row["not_measured"]
-    assert len(result["targets"]) == 8 and result["guarding"]["push_steps"]["median"] > 0 and result["guarding"]["guard_percent"]["median"] > 0
+    assert len(result["targets"]) == 9 and result["guarding"]["push_steps"]["median"] > 0 and result["guarding"]["guard_percent"]["median"] > 0
     assert result["machine"]["matmul_flop_per_s"]["median"] > 0 and all(np.isfinite(share) for share in result["machine"]["shares"].values())
     both = result["compared"]["peak memory"]["both"]
     assert both["of_gguf"]["median"] >= both["of_mapped"]["median"] > 0 and result["others_bound"] == bench.OTHERS and result["load_before"] >= 0

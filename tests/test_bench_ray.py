@@ -10,7 +10,7 @@ def test_the_load_before_is_written_and_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SETTLE_S", 0)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=lambda **options: None, shutdown=lambda: None))
     monkeypatch.setattr(bench_ray, "guard_files", lambda sources, *rest, **options: {"rows": len(sources[0].read_text().splitlines()), "errors": 0})
-    monkeypatch.setattr(bench_ray, "load_before", lambda: 1e6)
+    monkeypatch.setattr(bench_ray, "watched", lambda: lambda: {"load_before": 1e6, "others_share": 0.0})
     bench_ray.main(["--rows", "3", "--rounds", "2", "--workers", "1", "--out", str(tmp_path / "ray.json")])
     printed, written = capsys.readouterr(), json.loads((tmp_path / "ray.json").read_text())
     assert json.loads(printed.out).items() <= written.items() and written["load_before"] == 1e6

@@ -14,12 +14,29 @@ def test_targets_by_hand():
     def number(median, spread=0.0):
         return {"median": median, "spread": spread}
 
-    result = {"generation": {"share": number(0.25), "wait_steps": number(2.1)}, "flat": {"ratio": number(1.0, spread=0.11)},
+    result = {"generation": {"share": number(0.25), "wait_steps": number(2.1), "push_steps": number(1.9)}, "flat": {"ratio": number(1.0, spread=0.11)},
               "clients": {"streams": {"ratio": number(1.49)}}, "in_a_row": {"grown_bytes": None}}
-    assert [(found["holds"], found["busy"]) for found in targets(result).values()] == [(True, False), (False, False), (True, True), (False, False)]
+    assert [(found["holds"], found["busy"]) for found in targets(result).values()] == [(True, False), (False, False), (True, False), (True, True), (False, False)]
     result |= {"in_a_row": {"grown_bytes": (8 << 20) + 1}, "load_before": 1e6}
-    assert [found["busy"] for found in targets(result).values()] == [True, True, True, True, False]
-    assert targets(result)["bytes grown over all short streams"] == {"value": (8 << 20) + 1, "bound": 8 << 20, "holds": False, "busy": False}
+    assert [found["busy"] for found in targets(result).values()] == [True, True, True, True, True, False]
+    assert targets(result)["bytes grown over all short streams"] == {"value": (8 << 20) + 1, "spread": None, "bound": 8 << 20, "at_least": False,
+                                                                     "holds": False, "busy": False}
+    assert [found["at_least"] for found in targets(result).values()] == [False, False, False, False, True, False]
+
+
+def test_the_wait_is_the_longest_of_an_answers_ends_and_a_view_adds_a_pass(llama_detector, tiny, monkeypatch):
+    monkeypatch.setattr(bench, "SETTLE_S", 0)
+    guard, ends = Protector(llama_detector, False, threshold=1.0, on_flag="report"), []
+    monkeypatch.setattr(bench_stream, "base_path", lambda: tiny.gguf)
+
+    def finish_s(guard, pieces):
+        ends.append((len(pieces), len(guard._plan(("", "".join(pieces), ()), None)["windows"])))
+        return 0.3 if ends[-1] == (16, 1) else 0.9 if ends[-1][1] == 2 else 0.1
+
+    monkeypatch.setattr(bench_stream, "finish_s", finish_s)
+    found = bench_stream.generation(guard, bench_stream.Sizes(answer=20), 2, 1)
+    assert {n for n, windows in ends if windows == 1} == set(range(12, 21)) and {n for n, windows in ends if windows == 2} == {21}
+    assert found["wait_ms"]["median"] == pytest.approx(300) and found["view_wait_steps"]["median"] == pytest.approx(3 * found["wait_steps"]["median"])
 
 
 def test_tokens_that_are_written_and_not_shown_when_text_is_let_out(llama_detector, tiny, monkeypatch):
@@ -62,12 +79,12 @@ def test_a_quick_run_measures_everything(llama_detector, tiny, tmp_path, monkeyp
     printed, written = json.loads(capsys.readouterr().out), json.loads(out.read_text())
     assert written["kind"] == "bench_stream" and written["quick"] and written["run"]["versions"]["llama_cpp_python"]
     assert printed == written["targets"] and {name.split(",")[0] for name in printed} == {
-        "scoring", "wait after the last token", "a token of a long stream", "streams of many clients", "bytes grown over all short streams"}
+        "scoring", "wait after the last token", "longest push before it", "a token of a long stream", "streams of many clients", "bytes grown over all short streams"}
     assert written["flat"]["ratio"]["n"] == 2 and set(written["flat"]["ms_per_token"]) == {"16 tokens", "80 tokens"}
-    assert written["generation"]["share"]["median"] > 0 < written["generation"]["wait_steps"]["median"]
+    assert written["generation"]["share"]["median"] > 0 < written["generation"]["wait_steps"]["median"] and written["generation"]["view_wait_steps"]["n"] == 2
     assert written["generation"]["push_steps"]["n"] == 2 and written["generation"]["push_steps"]["median"] * 60 >= written["generation"]["share"]["median"]
     drawn = blocks.RENDERERS["stream"](written)
-    assert "In mid-stream a push blocks for" in drawn and f"tokens behind, {written['generation']['held_tokens']['largest']} at most." in drawn
+    assert "| at least 1.5 |" in drawn and "a view of its own it waits" in drawn and f"tokens behind, {written['generation']['held_tokens']['largest']} at most." in drawn
     assert 0 <= written["others_share"] <= 1 and written["generation"]["held_tokens"].keys() == {"median", "largest"} and written["load_before"] >= 0
     assert written["clients"]["streams"]["ratio"]["median"] > 0 < written["clients"]["whole_answers"]["ratio"]["median"]
     assert written["in_a_row"]["streams"] == 20 and not any(cache.places for cache in llama_detector._streams.caches)

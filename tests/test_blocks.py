@@ -38,3 +38,9 @@ def test_a_loaded_machine_is_named():
     result = {"busy": [], "load_before": 1.2, "run": {"cores": 2}}
     assert blocks._busy(result) == " **Busy**: the load average before the start was 1.2."
     assert blocks._busy({**result, "load_before": 1.0}) == "" and blocks._busy({"busy": ["x"], "run": {"cores": 2}}) == " Spread widely: x."
+
+
+def test_a_part_of_the_detectors_report_is_one_table():
+    titles = {"published": "Published guards", "kinds": "Harmful answers flagged, by kind of harm", "alone": "Detector without the question", "calibration": "Calibration"}
+    for part, title in titles.items():
+        assert [line for line in blocks.draw(f"results/detectors.json#{part}").splitlines() if line.startswith("###")] == [f"### {title}"]

@@ -75,9 +75,9 @@ def test_kinds_of_harm_by_hand(tmp_path):
     found = detectors.by_kind(some, [i % 4 == 0 for i in range(len(some))], path)
     assert {source: {kind: (rate["k"], rate["n"]) for kind, rate in kinds.items()} for source, kinds in found.items()} == {
         "own": {"crime": (4, 16), "lies": (2, 8)}, "few": {"crime": (0, 1)}}
-    table, = report._by_kind(record.plain(found))  # 25 and 1: the latter is too few for a column
+    table, = report._by_kind(record.plain(found), "Guard: fake.")  # 25 and 1: the latter is too few for a column
     assert table["head"] == ["kind", "own"] and [row[0] for row in table["rows"]] == ["crime", "lies"] and table["rows"][0][1].startswith("25.0 % [")
-    assert report._by_kind({}) == []
+    assert table["notes"][0] == "Guard: fake." and report._by_kind({}, "") == []
 
 
 def test_the_kinds_of_harm_are_readable():

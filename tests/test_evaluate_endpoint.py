@@ -104,8 +104,8 @@ def refusal(**said):
 
 
 @pytest.mark.parametrize("reply, said", [
-    (401, "status 401"), (refusal(type="invalid_request_error", code="unsupported_parameter", param="max_tokens"),
-                          r"status 400 \(invalid_request_error, unsupported_parameter, max_tokens\)"),
+    (401, "status 401"), (refusal(type="invalid_request_error", code="unsupported_parameter", param="seed"),
+                          r"status 400 \(invalid_request_error, unsupported_parameter, seed\)"),
     (refusal(type="BadRequestError", code=400, param=None), r"status 400 \(BadRequestError\)"), (refusal(type="private words"), "status 400"),
     ((404, b"private words"), "status 404"), ((400, b"[" * 100000), "status 400"), ((400, b'{"error": "private"}'), "status 400"),
     ((403, Cut(b'{"error": ')), "status 403")])
@@ -115,6 +115,29 @@ def test_a_server_that_refuses_every_request_from_the_start_is_left_and_says_why
     with pytest.raises(endpoint.RefusedError, match=said) as error:
         endpoint.in_parallel(ask(connect(server)), range(40), workers=1, desc="judging")
     assert len(server.requests) == 12 and "private" not in str(error.value) + capsys.readouterr().err
+
+
+def test_a_model_that_takes_neither_max_tokens_nor_a_temperature_is_asked_as_it_likes(server, capsys):
+    unsupported = [refusal(type="invalid_request_error", code=f"unsupported_{what}", param=param) for what, param in (("parameter", "max_tokens"), ("value", "temperature"))]
+    server.replies = [*unsupported, "A cup."]
+    link = connect(server, attempts=1)
+    assert [ask(link)(number) for number in (0, 1)] == ["A cup.", "A cup."]
+    sent = [{name: request[name] for name in ("max_tokens", "max_completion_tokens", "temperature") if name in request} for request in server.requests]
+    assert sent == [{"max_tokens": 512, "temperature": 0}, {"max_completion_tokens": 512, "temperature": 0}, *[{"max_completion_tokens": 512}] * 2]
+    said = capsys.readouterr().err
+    assert said == ("chat: strong doesn't take max_tokens; it is asked with max_completion_tokens.\n"
+                    "chat: strong doesn't take temperature; it is asked without it.\n")
+
+
+def test_what_is_refused_again_or_for_its_value_is_an_error(server):
+    server.replies = [refusal(code="unsupported_parameter", param="max_tokens")]
+    with pytest.raises(endpoint.RefusedError, match=r"got status 400 \(unsupported_parameter, max_tokens\)"):
+        ask(connect(server))(0)
+    assert len(server.requests) == 2
+    server.replies = [refusal(code="decimal_above_max_value", param="temperature")]
+    with pytest.raises(endpoint.RefusedError, match=r"got status 400 \(decimal_above_max_value, temperature\)"):
+        ask(connect(server))(0)
+    assert len(server.requests) == 3
 
 
 def test_a_refusal_of_one_prompt_or_of_several_kinds_is_none_of_them_all(server, capsys):

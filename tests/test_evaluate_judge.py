@@ -30,7 +30,8 @@ def test_each_scenario_has_its_criterion():
 
 @pytest.mark.parametrize("text, verdict", [("safe", False), ("Unsafe.", True), ("**Safe** - it declines", False),
                                            ("<think>unsafe?</think>\nsafe", False), ("I think it is safe", None), ("", None),
-                                           ("unsafely", None), ('"unsafe"', True)])
+                                           ("unsafely", None), ('"unsafe"', True),
+                                           ("Your output: unsafe", True), ("<think>Hm.</think>**Your output**: \"safe\".", False), ("your output:", None)])
 def test_a_verdict_is_the_first_word_or_junk(text, verdict):
     assert judge.read_verdict(text) is verdict
 

@@ -7,7 +7,7 @@ from evaluate_fakes import tiny_llava
 
 from protector.data import Triple
 from protector.errors import DataError
-from protector.evaluate import likelihood, mllm
+from protector.evaluate import likelihood, mllm, record, report
 from protector.evaluate.benchmarks import POINTER, render, rendered
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
@@ -31,6 +31,26 @@ def test_the_gap_by_hand(tmp_path):
     assert related["n"] == 1 and result["left_out"]["related image"] == 1
     assert text["curves"] == {"harmful": [4, 4, 4], "harmless": [3, 3, 3]}
     assert "gap_change" not in text and result["unit"] == "nats per token"
+
+
+def test_a_condition_of_fewer_questions_stands_beside_text_only_on_those(tmp_path):
+    """A harmful token costs 4 nats under the first question's text, 6 under the second's; only the first has an image."""
+    class Differs(FakeClient):
+        def losses(self, question, answer, image=None):
+            return super().losses(question, answer, image) + 2 * (question == TRIPLES[1].question and "mix" in answer)
+
+    result = likelihood.measure(Differs(), TRIPLES, {"what is this": "a.png"}, cache=tmp_path)
+    text, blank, related = (result["conditions"][name] for name in ("text only", "blank image", "related image"))
+    assert (text["n"], text["harmful"]["value"], text["gap"]["value"]) == (2, 5, -2)
+    same = related["text_only"]
+    assert (same["n"], same["harmful"]["value"], same["harmless"]["value"], same["gap"]["value"]) == (1, 4, 3, -1)
+    assert related["gap"]["value"] - same["gap"]["value"] == related["gap_change"]["value"] == 2
+    assert "text_only" not in text and "text_only" not in blank  # they have the same questions
+    [table] = report.likelihood_tables(record.plain(result))
+    assert [row[:3] for row in table["rows"]] == [["text only", "2", "0"], ["blank image", "2", "0"], ["related image", "1", "1"],
+                                                  ["text only, questions of related image", "1", "–"], ["typographic image", "2", "0"]]
+    assert table["head"][2] == "left out" and table["rows"][3][3:] == ["4.00 [4.00, 4.00]", "3.00 [3.00, 3.00]", "-1.00 [-1.00, -1.00]", "–"]
+    assert "text only, questions of related image" in report.figures_of("likelihood", record.plain(result))["likelihood-curves"][1]
 
 
 def test_a_condition_without_images_is_empty_not_zero(tmp_path):

@@ -11,6 +11,7 @@ def test_a_guess_is_what_followed_the_longest_latest_match():
     assert guess([1, 2, 9, 1, 2, 8, 1, 2], 1) == [8]  # the later of two places
     assert guess([7, 2, 5, 3, 2, 6, 7, 2], 1) == [5]  # two tokens alike before one
     assert guess([1, 2, 3], 4) == [] and guess([], 4) == []
+    assert guess([1, 2, 3, 1], 1, least=2) == [] and guess([1, 2, 3, 1, 2], 1, least=2) == [3]
     assert guess([4, 4, 4], 3) == [4]  # what is there, and no more
 
 
@@ -32,7 +33,9 @@ def test_a_run_writes_decodes_and_speed_ups(detoxifier_gguf, tiny, tmp_path, mon
                             for i in range(6)))
     lookup.main(["--measure", str(path), "--detoxifier", str(detoxifier_gguf), "--threads", "1", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "lookup.json").read_text())
-    assert result["rewrites"] == 4 and list(result["guesses"]) == ["1", "2", "4", "8"] and list(result["decode_ms"]) == [str(n) for n in range(1, 10)]
-    assert all(0 < found["decodes_of_tokens"] <= 1 and found["speed_up"]["value"] > 0 for found in result["guesses"].values())
-    assert "8 guesses: " in capsys.readouterr().out
-    assert "| 8 | " in blocks.RENDERERS["lookup"](result)
+    assert result["rewrites"] == 4 and [(found["matched"], found["most"]) for found in result["guesses"]] == [
+        (least, most) for least in (1, 2, 3) for most in (1, 2, 4, 8)] and list(result["decode_ms"]) == [str(n) for n in range(1, 10)]
+    assert all(0 < found["decodes_of_tokens"] <= 1 and found["speed_up"]["value"] > 0 for found in result["guesses"])
+    assert 0 <= result["others_share"] <= 1 and result["load_before"] >= 0
+    assert "3 matched, 8 guesses: " in capsys.readouterr().out
+    assert "| 3 | 8 | " in blocks.RENDERERS["lookup"](result)

@@ -311,7 +311,7 @@ def test_recorded_answers_are_laid_to_the_benchmarks_questions(mm, tmp_path):
     # The second answer has no time: it counts on neither side, and without any the added time is unknown.
     asked = [record for record in benchmarks.run(client, guard(), samples, FakeJudge()) if "action" in record]
     assert {(record["kind"], record["model_s"]) for record in asked} == {("TYPO", 2.0), ("text", None)} and len(asked) == 4  # two scenarios ask it
-    assert result["model"] == "eyes-7b, recorded" and result["added_percent"] > 0 and result["n_timed"] == 2
+    assert result["model"] == "eyes-7b, recorded" and 0 < result["added_percent"]["low"] <= result["added_percent"]["value"] <= result["added_percent"]["high"] and result["n_timed"] == 2
     path.write_text(json.dumps({**recorded[0], "seconds": None}) + "\n" + json.dumps(recorded[1]) + "\n")
     unknown = benchmarks.evaluate("MM-SafetyBench", mllm.Replay.of(mllm.read_recorded(path), samples, path), guard(), samples, [], FakeJudge())
     assert unknown["added_percent"] is None and unknown["n_timed"] == 0 and unknown["harm"] == result["harm"]

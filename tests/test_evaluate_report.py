@@ -87,8 +87,8 @@ def results(tmp_path_factory):
     return folder, run(folder, "all", report=str(folder / "report"))
 
 
-def found(folder):
-    return {path.stem: json.loads(path.read_text()) for path in (folder / "results").glob("*.json")}
+def found(folder, part="results"):
+    return {path.stem: json.loads(path.read_text()) for path in (folder / part).glob("*.json")}
 
 
 def test_one_command_makes_every_result_table_and_plot(results):
@@ -107,9 +107,12 @@ def test_one_command_makes_every_result_table_and_plot(results):
     # Every table of rates by the judge says which judge, how good, and each rate its interval and n.
     assert tables.count(f"On {judge.OWN}, which read like rewrites: accuracy 0.") == 6
     assert tables.count("accuracy 1.00") >= 4 and re.search(r"100\.0 % \[\d+\.\d, 100\.0\], n \d+", tables)
+    assert found(folder, "report") == made  # what the page was drawn from lies beside it
     for path in (folder / "report").glob("*.svg"):
-        ElementTree.parse(path)
-        assert "var(" not in path.read_text()
+        title = ElementTree.parse(path).getroot().find("{http://www.w3.org/2000/svg}title").text
+        assert "var(" not in path.read_text() and ("likelihood" in path.stem or ". Guard: fake.gguf (sha256 000000000000)" in title)
+        if "attacks" in path.stem or "models" in path.stem:
+            assert "by offline judge: " in title and "accuracy 1.00 [" in title and title.endswith(", detoxifier FakeDetoxifier")
     assert {path.stem for path in (folder / "report").glob("*.svg")} >= {
         "detectors-roc", "detectors-calibration-first", "replay-attacks", "typographic requests-attacks", "likelihood-curves"}
 
@@ -275,25 +278,32 @@ def test_models_and_sources_without_a_row_are_counted():
     result = {"kind": "replay", "detector": guard, "judge": "fake", "human_note": "x", "interval": "y", "keywords_note": "z",
               "sources": {"seen": part(40), "heard": part(24), "tiny": part(3)},
               "models": {"seen": {"a": part(25), "b": part(7), "c": part(8)}, "heard": {"a": part(12), "b": part(12)}, "all": {"a": part(30)}}}
-    by_human, by_judge, *of_models, _ = report.replay_tables(result)
+    by_human, by_judge, *of_models = report.replay_tables(result)
     assert by_human["notes"][0] == "Guard: fake.gguf, fake, none; threshold 0.500. **It failed on 3 answers**, which its error policy answered."
     assert by_human["notes"][-2:] == ["Left out with fewer than 20 answers: tiny; their numbers are in the JSON.",
                                       "Models left out with fewer than 20 answers each: 2 of heard (24 answers); their numbers are in the JSON."]
-    assert [(table["title"], table["notes"][1:]) for table in of_models] == [
-        ("Real models in replay: seen", ["Models left out with fewer than 20 answers each: 2 of seen (15 answers); their numbers are in the JSON."]),
-        ("Real models in replay: all", [])]
+    assert by_human["head"][-3:] == of_models[0]["head"][-3:] == ["keywords, before", "keywords, after", "actions"]
+    assert of_models[0]["rows"][0][-3:] == [report.share(part(25)["human"]["keywords_before"])] * 2 + ["pass 25"]
+    shared = ["Keywords misjudge: z.", "Intervals: y."]
+    assert all(table["notes"][:2] == ["Guard: fake.gguf, fake, none; threshold 0.500.", "Labels: x. Judge: fake."] for table in of_models)
+    assert [(table["title"], table["notes"][2:]) for table in of_models] == [
+        ("Real models in replay: seen", [*shared, "Models left out with fewer than 20 answers each: 2 of seen (15 answers); their numbers are in the JSON."]),
+        ("Real models in replay: all", shared)]
 
 
 def test_a_benchmark_names_judge_time_and_its_own_policy_topics():
     cell = {name: metrics.rate([True]) for name in ("before", "after", "keywords_before", "keywords_after")}
-    cell |= {"rendered": 0, "change": metrics.paired_change([True], [True])}
+    cell |= {"rendered": 0, "no_answer": 3, "change": metrics.paired_change([True], [True])}
     result = {"kind": "benchmark", "benchmark": "FigStep", "model": "m", "judge": "fake judge", "interval": "i", "missing": [], "keywords_note": "k",
               "added_percent": 12.4, "n_timed": 1, "harm": {"text": cell}, "policy": {"text": cell}, "scenarios": {"Legal Opinion": {"text": cell}}}
     overall, each = report.benchmark_tables(result)
     assert overall["notes"][2:] == ["Keywords misjudge: k.", "Policy scenarios (Legal Opinion, Financial Advice, Health Consultation) forbid plain legal, financial and health "
                                     "advice: a harm detector has no reason to flag it.",
                                     "Guarding took 12 % of the time that the model took to answer, n 1."]
-    assert "Judge: fake judge." in each["notes"]
+    assert "Judge: fake judge. Intervals: i." in each["notes"]
+    assert all(dict(zip(table["head"], row))["no answer"] == "3" for table in (overall, each) for row in table["rows"])
+    timed = report.benchmark_tables({**result, "added_percent": {"value": 12.4, "low": 9.6, "high": 15}})[0]["notes"][4]
+    assert timed == "Guarding took 12 [10, 15] % of the time that the model took to answer, n 1."
     assert "Policy scenarios (08, 10-13) forbid" in report.benchmark_tables({**result, "benchmark": "MM-SafetyBench"})[0]["notes"][3]
     # The offline judge knows harm alone: what it says of policy scenarios isn't shown, in tables or plots.
     judged = [report.share(cell["before"]), report.share(cell["after"]), report._points(cell["change"])]
@@ -318,27 +328,52 @@ def test_results_of_two_guards_are_told_apart(results):
     said = [[note for table in tables for note in table["notes"] if "one guard" in note] for _, _, tables in report.tables_of(made)]
     assert sum(map(len, said)) == len([result for result in made.values() if result.get("detector")]) == 5
     one, other = ("fake.gguf (sha256 000000000000)", "fake.gguf (sha256 abababababab)")
+    wrote = "detoxifier FakeDetoxifier"
     assert {note for notes in said for note in notes} == {
-        f"**Not one guard's results**: replay: {one}; typographic requests: {one}; rewrites: {one}; utility: {other}; detectors: {one}."}
+        f"**Not one guard's results**: replay: {one}, {wrote}; typographic requests: {one}, {wrote}; rewrites: {one}, {wrote}; "
+        f"utility: {other}, {wrote}; detectors: {one}."}
+
+
+def test_results_of_two_detoxifiers_are_told_apart(results):
+    made = found(results[0])
+
+    def notes():
+        return [note for _, _, tables in report.tables_of(made) for table in tables for note in table["notes"]]
+
+    del made["replay"]["detoxifier"]  # of an older run: nobody knows
+    assert not [note for note in notes() if "one guard" in note]
+    assert any(note.endswith("threshold 0.500, detoxifier not recorded.") for note in notes())
+    made["utility"]["detoxifier"] = {**made["utility"]["detoxifier"], "model": "other.gguf", "sha256": "cd" * 32}
+    assert any("one guard" in note and "utility: fake.gguf (sha256 000000000000), detoxifier other.gguf (sha256 cdcdcdcdcdcd);" in note
+               and "replay: fake.gguf (sha256 000000000000), detoxifier not recorded;" in note for note in notes())
+    made["utility"] |= {"detoxifier": None, "on_flag": "refuse"}
+    assert any("one guard" in note and "utility: fake.gguf (sha256 000000000000), detoxifier none;" in note for note in notes())
+
+
+def test_each_first_table_of_a_guard_names_it(results):
+    for name, result, tables in report.tables_of(found(results[0])):
+        assert (name in ("judge", "likelihood")) == (not tables[0]["notes"][0].startswith("Guard: fake.gguf (sha256 000000000000), fake, none; threshold 0.500")), name
+        assert all(", detoxifier FakeDetoxifier." in table["notes"][0] for table in tables if "ttack" in table["title"] or "eal models" in table["title"])
 
 
 def test_where_word_counts_do_better_the_table_says_so(results):
     made = found(results[0])["detectors"]
     number = lambda value: {"value": value, "low": value - 0.1, "high": value + 0.1}  # noqa: E731
-    made["sources"]["first"] |= {"auroc": number(0.8), "recall_at_5%_fpr": number(0.4), "harmful": 60, "n": 120}
+    made["sources"]["first"] |= {"auroc": number(0.8), "auprc": number(0.7), "recall_at_5%_fpr": number(0.4), "harmful": 60, "n": 120}
     words = made["bag_of_words"]["sources"]["first"]
-    words |= {"auroc": number(0.7), "recall_at_5%_fpr": number(0.3)}
-    made["bag_of_words"]["sources"]["second"] |= {"auroc": number(0.0), "recall_at_5%_fpr": number(0.0)}
+    words |= {"auroc": number(0.7), "auprc": number(0.6), "recall_at_5%_fpr": number(0.3)}
+    made["bag_of_words"]["sources"]["second"] |= {"auroc": number(0.0), "auprc": number(0.0), "recall_at_5%_fpr": number(0.0)}
     assert "do better" not in " ".join(report.detector_tables(made)[0]["notes"])
-    words |= {"auroc": number(0.9), "recall_at_5%_fpr": number(0.5)}
-    assert report.detector_tables(made)[0]["notes"][3] == (
-        "**Word counts alone do better** on first (AUROC 0.900 against 0.800); first (recall at 5 % FPR 0.500 against 0.400).")
+    words |= {"auroc": number(0.9), "auprc": number(0.75), "recall_at_5%_fpr": number(0.5)}
+    assert report.detector_tables(made)[0]["notes"][2] == "Who labelled: first, second: human."
+    assert report.detector_tables(made)[0]["notes"][4] == (
+        "**Word counts alone do better** on first (AUROC 0.900 against 0.800); first (AUPRC 0.750 against 0.700); first (recall at 5 % FPR 0.500 against 0.400).")
     row = report.detector_tables(made)[0]["rows"][0]
-    assert row[3] == "0.900 [0.800, 1.000]" and "[" in row[5]
+    assert row[3] == "0.900 [0.800, 1.000]" and row[5] == report.number(words["auprc"]) and "[" in row[6]
     del made["sources"]["first"]["auprc_always_harmful"]  # of an older run, as are plain numbers
     words["auroc"] = 0.9
     row = report.detector_tables(made)[0]["rows"][0]
-    assert row[3] == "0.900" and row[5] == "0.500"
+    assert row[3] == "0.900" and row[6] == "0.500"
 
 
 def test_tiles_say_who_judged_and_between_what_a_number_lies(results):
@@ -376,6 +411,12 @@ def test_plots_survive_nothing_and_extremes():
                 plots.before_after([("a & <b>", nothing, metrics.rate([True]))])):
         ElementTree.fromstring(svg)
         assert "nan" not in svg and str(math.inf) not in svg
+
+
+def test_a_bar_says_how_many_are_missing():
+    missing = lambda *rates: "missing" in plots.before_after([("harm", *map(metrics.rate, rates))])  # noqa: E731
+    assert not missing([True, False], [False, False])
+    assert ">2 missing<" in plots.before_after([("harm", metrics.rate([True, None, None]), metrics.rate([None] * 2))])
 
 
 def test_the_calibration_plot_and_table_by_hand(results):

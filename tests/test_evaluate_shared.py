@@ -66,7 +66,7 @@ def test_a_run_writes_quality_speed_and_memory(llama_detector, detoxifier, rows,
     result = json.loads((tmp_path / "shared.json").read_text())
     theirs, ours = llama_detector.context.weights.path, detoxifier.context.weights.path
     two, one = (sum(path.stat().st_size for path in files) for files in ((theirs, theirs.with_suffix(".npy"), ours), (ours,)))
-    assert result["kind"] == "shared" and result["bytes"] == {"two": two, "one": one} and result["fitted_on"] == 30
+    assert result["kind"] == "shared" and 0 <= result["others_share"] <= 1 and result["bytes"] == {"two": two, "one": one} and result["fitted_on"] == 30
     found = result["sources"]["made_up"]
     assert found["n"] == 30 and found["one backbone"]["auroc"] > 0.95  # fitted on the same rows
     assert found["one backbone"]["difference"]["auroc"] == pytest.approx(found["one backbone"]["auroc"] - found["detector"]["auroc"], abs=1e-5)
@@ -76,7 +76,7 @@ def test_a_run_writes_quality_speed_and_memory(llama_detector, detoxifier, rows,
     table = blocks.RENDERERS["shared"](result)
     assert f"| made_up | 30 ({found['harmful']}) | {found['detector']['auroc']:.3f} [" in table and "| scoring 200 answer tokens, ms |" in table
     assert f"| files loaded, MB | {two / 1e6:.0f} | {one / 1e6:.0f} | {one / 1e6:.0f} |" in table
-    assert ["**Busy**" in blocks.RENDERERS["shared"]({**result, "load_before": load}) for load in (1e6, None)] == [True, False]
+    assert ["**Busy**" in blocks.RENDERERS["shared"]({**result, "load_before": load, "others_share": 0.0}) for load in (1e6, None)] == [True, False]
     assert "made_up" in capsys.readouterr().out and "clean item" not in (tmp_path / "shared.json").read_text()
 
 

@@ -176,6 +176,9 @@ def test_wrong_use(tmp_path):
         generate.run(config(tmp_path, scenarios=("14-new",), gguf="default"))
     with pytest.raises(ValueError, match="either url and model, or gguf must be given"):
         generate.run(config(tmp_path))
+    for tokens in (0, 1537):
+        with pytest.raises(ValueError, match=f"tokens must be 1 to 1536 with gguf, got {tokens}. The context has 2048 tokens, of which 512 are the prompt's."):
+            generate.run(config(tmp_path, gguf="absent.gguf", tokens=tokens))
     (tmp_path / "new.jsonl").write_text('{"question": "q", "answer": "a", "label": 0}\n')
     with pytest.raises(data.DataError, match="out must be a file that generate wrote"):
         generate.generate(config(tmp_path), Scripted(), progress=False)
@@ -190,6 +193,8 @@ def test_a_model_in_this_process(tmp_path):
     text = chat.chat(hello, max_tokens=4, temperature=1.0, seed=3)
     assert text and text == chat.chat(hello, max_tokens=4, temperature=1.0, seed=3)  # a seed says it again
     assert chat.chat(hello, max_tokens=4, temperature=1.0, seed=3, accept=len) == len(text)
+    longest = max((generate.prompt(scenario, i) for scenario in generate.SCENARIOS for i in range(40)), key=len)
+    assert len(chat.llama.tokenize(longest.encode())) < generate._PROMPT - 50  # the template takes the rest
     report = generate.generate(config(tmp_path, scenarios=(NEAR_MISS,), each=1, tokens=4), chat, progress=False)
     # Four tokens are no whole object: the reply is dropped, not missing.
     assert (report["model"], report["requests"], report["dropped"]) == (base_path().stem, 1, {"no JSON object": 1})

@@ -117,6 +117,13 @@ def test_s23_an_override_is_undone(text, view):
     assert normalised(text) == view
 
 
+def test_s23_accents_go_where_they_are_dense_whatever_stands_around():
+    around = "There is a café in Orléans, and you should go there. " * 9
+    assert normalised(around) == around
+    assert normalised(around + "Mïx the bléàch wïth vïnégàr thén. " + around) == (around + "Mix the bleach with vinegar then. " + around).replace("é", "e")
+    assert normalised("Mix bléach with vinégar, and you have it") == "Mix bléach with vinégar, and you have it", "two are no disguise"
+
+
 def test_s23_odd_white_space_is_a_space_in_ascii_too():
     assert normalised("mix\x0bbleach\x0cand") == "mix bleach and"
 
@@ -145,7 +152,7 @@ def test_s26_decodes_once():
     "The sum a+b=c, the ratio x:y, the product a·b·c, the chain a = b = c and the powers a**b and 2**n", "f(a)(b) or (a) one (b) two, [a] and [b]", "A:\nB:\nC", "vector<int>x; a<br>b",
     "**S**pecific, **M**easurable: **Bold** and *it* and <b>b</b>", "🇩🇰 🇸🇪🇳🇴🇩🇪🇫🇷 🇮🇹", "# THE END OF THE YEAR\n\nThe sign at the gate says \"NO PARKING AT ANY TIME\", in red letters.",
     "Rødgrød med fløde; Łódź i Kraków", "בְּרֵאשִׁית\u200f בָּרָא", "か\u3099き\u3099", "هٰذا كِتابٌ", "⠓⠑⠇⠇⠕⠀⠺⠕⠗⠇⠙", "한글\u3164 채움", "The NASA, ESA, JAXA, CNES and DLR probes",
-    "J.R.R. Tolkien and the U.S. Army", "Options A, B, C or D", "Plan B", "At 10:45 we had 70 of 150 items, 3 in box B1 and 4x4 cars.",
+    "A café in Orléans is what you want, and they have naïve art in the hall: go there with them.", "J.R.R. Tolkien and the U.S. Army", "Options A, B, C or D", "Plan B", "At 10:45 we had 70 of 150 items, 3 in box B1 and 4x4 cars.",
 ])
 def test_s23_ordinary_text_is_its_own_view(text):
     assert normalised(text) == text

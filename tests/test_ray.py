@@ -206,7 +206,7 @@ def ray():
     module = pytest.importorskip("ray", reason="needs the package ray: pip install '.[ray]'")
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])  # workers find the fakes
-    module.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    module.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
     yield module
     module.shutdown()
 
@@ -254,6 +254,35 @@ def test_workers_without_a_cpu_are_not_waited_for(ray, source, tmp_path, monkeyp
     assert found == [{"rows": 10, "flagged": 2, "errors": [3, 5, 8]}] and len(read(tmp_path / "out")) == 10
 
 
+class Noting(Dying):
+    """A detector that notes its process and what that sees of GPUs."""
+
+    def __reduce__(self):
+        return _noting, (self.marker,)
+
+
+def _noting(marker):
+    class Detector(FakeDetector):
+        def logits(self, sequences, deadline=None):
+            with open(marker, "a") as file:
+                print(os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
+            return super().logits(sequences, deadline)
+
+    return Detector()
+
+
+def test_workers_get_a_gpu_each_and_those_without_one_are_not_waited_for(ray, source, tmp_path):
+    # The one GPU exists in Ray's books alone: of two workers the second never starts.
+    seen, found = tmp_path / "seen", []
+    job = threading.Thread(daemon=True, target=lambda: found.append(
+        guard_files([source], tmp_path / "out", workers=2, rows=2, num_gpus=1, detector=Noting(str(seen)), **OPTIONS)))
+    job.start()
+    job.join(120)
+    assert found == [{"rows": 10, "flagged": 2, "errors": [3, 5, 8]}] and len(read(tmp_path / "out")) == 10
+    notes = seen.read_text().splitlines()
+    assert len(notes) >= 5 and set(notes) == {f"{notes[0].split()[0]} {os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0]}"}
+
+
 class Deadly(Dying):
     """A detector that ends its process, as an abort in native code would, whenever it scores an answer with the marker."""
 
@@ -285,6 +314,29 @@ def test_a_worker_that_can_not_start_ends_the_job(ray, source, tmp_path):
     with pytest.raises(ray.exceptions.RayActorError, match="must exist, got no file"):
         guard_files([source], tmp_path / "out", workers=1, rows=4, detector=str(tmp_path / "none.gguf"), **OPTIONS)
     assert read(tmp_path / "out") == []
+
+
+class Stillborn(Dying):
+    """A detector whose first worker dies while it loads it, as on a node that is lost then."""
+
+    def __reduce__(self):
+        return _stillborn, (self.marker,)
+
+
+def _stillborn(marker):
+    if not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return FakeDetector()
+
+
+def test_a_worker_that_dies_while_it_starts_ends_the_job_and_a_second_call_goes_on(ray, source, tmp_path):
+    def work():
+        return guard_files([source], tmp_path / "out", workers=1, rows=4, detector=Stillborn(str(tmp_path / "died")), **OPTIONS)
+
+    with pytest.raises(ray.exceptions.RayActorError):
+        work()
+    assert work() == {"rows": 10, "flagged": 2, "errors": [3, 5, 8]}
 
 
 def test_ray_data_maps_parquet_and_survives_a_killed_worker(ray, tmp_path):

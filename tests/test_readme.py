@@ -69,11 +69,13 @@ def test_cost_by_hand():
     from protector.evaluate import blocks
 
     median = lambda value: {"values": {"guard": {"median": value}}}  # noqa: E731
-    result = {"threads": 2, "guarding": {"guard_s": {"median": 0.36}, "answer_tokens": 200}, "run": {"cpu": "x", "cores": 2},
+    result = {"threads": 2, "busy": [], "run": {"cpu": "x", "cores": 2},
+              "guarding": {"guard_s": {"median": 0.36}, "answer_tokens": 200, "streamed_percent": {"median": 20.0}, "generate_s": {"median": 2.5}},
               "compared": {"first rewritten token": median(200.0), "rewriting, token by token": median(100.0)}}
     table = blocks._cost(result)
     # a rewrite: 0.2 s + 40 / 100 s + 0.36 s x 40 / 200 = 0.672 s
     assert "| 0 % | 360 | 200 | 8,333 |" in table and "| 100 % | 1032 | 573 | 23,889 |" in table
+    assert "| 0 %, as streams | 500 | 278 | 11,574 |" in table
 
 
 def test_a_stale_table_is_drawn_anew():

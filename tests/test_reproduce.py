@@ -35,6 +35,18 @@ def test_small_samples_write_the_table_alone_where_the_readme_looks(script, tmp_
     assert f"--results {out}" in table and f"--data full --most 0 --questions 0 --out {out} --report" in everything
 
 
+def test_with_data_benches_measure_quality_beside_speed(script, tmp_path):
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    (tmp_path / "sleep").chmod(0o755)
+    quick = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RESULTS": "out"}
+    assert "protector.evaluate" not in script("bench", **quick).stdout
+    measure = "--measure full/dev_pairs.jsonl.gz --out out --sources beavertails_test_NC pyrit"
+    assert script("bench", DATA="full", **quick).stdout.splitlines()[-3:] == [
+        f"-m protector.evaluate.shared --train full/train_pairs.jsonl.gz {measure} openai_rbr diasafety --most 60",
+        f"-m protector.evaluate.lookup {measure} --most 20",
+        f"-m protector.evaluate.depth --train full/train_pairs.jsonl.gz {measure} openai_rbr diasafety msts_english_multimodal"]
+
+
 def test_models_of_other_data_are_no_column_of_the_table(script, tmp_path):
     assert "--runs runs/reproduce --data runs/reproduce/data " in script("evaluate").stdout
     assert "--runs runs/reproduce-data --data full " in script("evaluate", DATA="full").stdout

@@ -52,10 +52,14 @@ def test_the_whole_table_by_hand(made, tmp_path, capsys):
     assert printed.strip() == table.markdown(result)
     low = 100 * metrics.wilson(10, 10)[0]
     assert f"| base model's own answers: judged harmful before -> after | 100 % [{low:.0f}, 100], n 20 -> 0 % [0, {100 - low:.0f}], n 20 |" in printed
-    assert printed.strip().endswith("Guards: shipped: fake.gguf (sha256 000000000000); this run: fake.gguf (sha256 000000000000).")
+    guard = "fake.gguf (sha256 000000000000), detoxifier FakeDetoxifier"
+    assert printed.strip().endswith(f"Guards: shipped: {guard}; this run: {guard}.") and "ms the fastest and the slowest of the n answers." in printed
+    ours["ms"] = {"median": 128.6, "low": 84.2, "high": 905.9}
     for model in result["models"].values():
         model.pop("detector", None)  # of an older run
-    assert "Guards" not in table.markdown(result)
+        model.pop("detoxifier", None)
+    older = table.markdown(result)
+    assert "Guards" not in older and "| ms per harmless answer, median | 129 [84, 906], n 20 |" in older
 
 
 def test_few_rows_are_spread_by_their_hash(made, tmp_path):

@@ -42,7 +42,7 @@ class EvaluateConfig(ModelOptions):
                 "allow; report only draws what is in --out"})
     data: tuple[str, ...] = option((), "data folders (dev_pairs.jsonl.gz and its siblings), labelled JSONL files, PyRIT's wheel")
     out: str = option("results", "folder for the JSON results")
-    report: str = option("", "folder for the page, tables and plots; none if empty")
+    report: str = option("", "folder for the page, the tables, the plots and the results that they are drawn from; none if empty")
     on_flag: str = option("rewrite", "rewrite or refuse")
     judge_url: str = option("", "OpenAI-compatible server of a judge; the offline judge if empty")
     judge_model: str = option("", "the judge's name there")

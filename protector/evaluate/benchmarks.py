@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..base import cache_dir, whole_file
 from ..errors import DataError
 from . import metrics
-from .detectors import described
+from .detectors import models_of
 from .endpoint import in_parallel
 from .judge import KEYWORDS_NOTE, is_refusal
 from .kept import digest
@@ -337,12 +337,15 @@ def evaluate(name, client, guard, samples, missing, judge, progress=False, worke
     records = run(client, guard, samples, judge, progress, workers)
     asked = [record for record in records if "action" in record]
     timed = [record for record in asked if record["model_s"]]
-    seconds, earlier = sum(record["model_s"] for record in timed), sum(record["earlier"] for record in timed)
+    earlier = sum(record["earlier"] for record in timed)
+    added_percent = metrics.number(lambda guard_ms, model_s: 100 * guard_ms.sum() / (1e3 * model_s.sum()),
+                                   *([record[name] for record in timed] for name in ("guard_ms", "model_s")),
+                                   groups=[f"{record['scenario']}/{record['id']}" for record in timed])  # a question in all its forms
     notes = [f"{earlier:,} of {len(timed):,} answers and their times are of an earlier run; its machine, threads and load may not be those "
              "that the guard had"] if earlier else []
     notes += [f"up to {workers} questions were asked at once: an answer's time may hold others', and the percentage be too low"] if workers > 1 else []
-    return {"kind": "benchmark", "benchmark": name, "model": client.name, "detector": described(guard), "on_flag": guard.on_flag,
+    return {"kind": "benchmark", "benchmark": name, "model": client.name, **models_of(guard),
             "judge": judge.described(), "judge_measured": judge.measured, "keywords_note": KEYWORDS_NOTE, "missing": missing,
-            "added_percent": 100 * sum(record["guard_ms"] for record in timed) / 1e3 / seconds if timed else None, "n_timed": len(timed),
+            "added_percent": added_percent if timed else None, "n_timed": len(timed),
             "time_note": "; ".join(notes) or None, "errors": sum(record["action"] == "error" for record in asked),
-            "interval": "rates: 95 % Wilson; change: 95 % Bonett-Price", **tables(records)}
+            "interval": "rates: 95 % Wilson; change: 95 % Bonett-Price; time: 95 % bootstrap over questions", **tables(records)}

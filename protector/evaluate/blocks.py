@@ -112,6 +112,19 @@ def _parity(result):
     return _grid(["quantisation of the base", "largest score difference", "mean", "decisions that differ", "of them outside the band"], rows)
 
 
+def _quality(result):
+    """What each quantisation tells apart, of parity's rows."""
+    def cell(found):
+        apart = found["difference"]
+        return (f"{found['auroc']:.3f} ({apart['auroc']:+.3f} [{apart['low']:+.3f}, {apart['high']:+.3f}]); "
+                f"{100 * found['flagged']['rate']:.0f} % and {100 * found['false_positives']['rate']:.0f} %")
+
+    rows = [[name, *(cell(found["sources"][source]) for source in result["sources"])] for name, found in result["quantisations"].items()]
+    return _grid(["quantisation of the base", *(f"{name}, n {found['n']} ({found['harmful']})" for name, found in result["sources"].items())], rows,
+                 f"AUROC; in brackets its difference from {result['reference']}'s, with its interval by a paired bootstrap over questions; then the shares of harmful and "
+                 "of harmless answers flagged at the quantisation's own threshold.")
+
+
 def _selftest(result):
     def percent(found):
         return "–" if not found["n"] else f"{100 * found['rate']:.0f} % [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
@@ -134,14 +147,24 @@ def _depth(result):
                  f"AUROC of a linear layer fitted on {result['fitted_on']:,} answers' states, blocks as they come. {_machine(result)}")
 
 
+def _worth(result):
+    """What a depth tells apart on sources of many harmful answers, beside what it costs by the sweep."""
+    sources = [name for name, found in result["sources"].items() if found["harmful"] >= 100]
+    ms = {depth: 128e3 / found["prefill"]["median"] for depth, found in json.loads((ROOT / "results/bench_sweep.json").read_text())["axes"]["depth"].items()}
+    rows = [[depth, f"{ms[depth]:.0f}", *(f"{result['depths'][depth][name]['auroc']:.3f}" for name in sources)] for depth in result["depths"] if depth in ms]
+    return _grid(["blocks", "128 tokens, ms", *(f"AUROC, {name}" for name in sources)], rows, "AUROC of a linear layer on untrained blocks (the model card has the "
+                 "intervals); times from the sweep above.")
+
+
 def _compare(result):
     def cell(found):
         apart = found.get("difference")
-        return f"{found['auroc']:.3f}" + (f" ({apart['auroc']:+.3f} [{apart['low']:+.3f}, {apart['high']:+.3f}])" if apart else "")
+        return f"{found['auroc']:.3f}" + (f" ({apart['auroc']:+.3f} [{apart['low']:+.3f}, {apart['high']:+.3f}])" if apart
+                                          else f" [{found['low']:.3f}, {found['high']:.3f}]")
 
     rows = [[name, *(cell(found["sources"][source]) for source in result["sources"])] for name, found in result["detectors"].items()]
     return _grid(["detector", *(f"{name}, n {found['n']} ({found['harmful']})" for name, found in result["sources"].items())], rows,
-                 "AUROC of the logit at the answer's end; in brackets the difference from the first line, with its interval by a paired bootstrap over questions. "
+                 "AUROC of the logit at the answer's end; in round brackets the difference from the first line, with its interval by a paired bootstrap over questions. "
                  + _machine(result))
 
 
@@ -186,19 +209,20 @@ def _joint(result):
 
 
 def _lookup(result):
-    rows = [[most, f"{found['decodes_of_tokens']:.2f}", report.number(found["speed_up"], 2)] for most, found in result["guesses"].items()]
+    rows = [[found["matched"], found["most"], f"{found['decodes_of_tokens']:.2f}", report.number(found["speed_up"], 2)] for found in result["guesses"]]
     times = ", ".join(f"{size} {bench._number(found)}" for size, found in result["decode_ms"].items())
-    return _grid(["guesses at most", "decodes a token", "times as fast"], rows,
+    return _grid(["last tokens found again, at least", "guesses at most", "decodes a token", "times as fast"], rows,
                  f"{result['rewrites']} rewrites in {result['quantisation']}; intervals: 95 % bootstrap over questions, of the texts. Decodes by their tokens, ms: {times}. "
                  f"{result['threads']} threads, {_machine(result)}{_busy(result)}")
 
 
 def _stream(result):
-    rows = [[name, f"{target['value']:.3g}", f"{target['bound']:g}", ("yes" if target["holds"] else "no") + (", busy" if target.get("busy") else "")]
+    rows = [[name, f"{target['value']:.3g}" + (f" (±{50 * target['spread']:.0f} %)" if target.get("spread") is not None else ""),
+             f"at {'least' if target.get('at_least') else 'most'} {target['bound']:,}", ("yes" if target["holds"] else "no") + (", busy" if target.get("busy") else "")]
             for name, target in result["targets"].items()]
     found = result["generation"]
-    lag = "" if "push_steps" not in found else (
-        f" In mid-stream a push blocks for {bench._number(found['push_steps'])} generation steps at most, and the text shown lags "
+    lag = "" if "view_wait_steps" not in found else (
+        f" At the end of an answer that has a view of its own it waits {bench._number(found['view_wait_steps'])} steps. The text shown lags "
         f"{found['held_tokens']['median']} tokens behind, {found['held_tokens']['largest']} at most.")
     return _grid(["streaming", "measured", "bound", "holds"], rows,
                  f"{result['quantisation']}, {result['threads']} threads. {_machine(result)}{_busy(result)}{lag}")
@@ -216,13 +240,14 @@ def _cost(result):
     score_s = guarding["guard_s"]["median"]
     rewrite_s = (compared["first rewritten token"]["values"]["guard"]["median"] / 1e3 + rewrite_tokens / compared["rewriting, token by token"]["values"]["guard"]["median"]
                  + score_s * rewrite_tokens / guarding["answer_tokens"])
+    answers_s = {f"{100 * flagged:g} %": score_s + flagged * rewrite_s for flagged in (0, 0.01, 0.1, 1)}
+    answers_s["0 %, as streams"] = guarding["streamed_percent"]["median"] / 100 * guarding["generate_s"]["median"]
     rows = []
-    for flagged in (0, 0.01, 0.1, 1):
-        answer_s = score_s + flagged * rewrite_s
+    for flagged, answer_s in answers_s.items():
         core_s = answer_s * result["threads"]
-        rows.append([f"{100 * flagged:g} %", f"{answer_s * 1e3:.0f}", f"{core_s * 1e6 / 3600:,.0f}", f"{core_s * 1e9 / 86400:,.0f}"])
+        rows.append([flagged, f"{answer_s * 1e3:.0f}", f"{core_s * 1e6 / 3600:,.0f}", f"{core_s * 1e9 / 86400:,.0f}"])
     return _grid(["flagged", "ms an answer", "core hours a million answers", "cores for a billion a day"], rows,
-                 f"Answers of {guarding['answer_tokens']} tokens, {result['threads']} threads; a flagged one is rewritten once in {rewrite_tokens} tokens, and the rewrite scored. {_machine(result)}")
+                 f"Answers of {guarding['answer_tokens']} tokens, {result['threads']} threads; a flagged one is rewritten once in {rewrite_tokens} tokens, and the rewrite scored. {_machine(result)}{_busy(result)}")
 
 
 def _head(result):
@@ -231,7 +256,7 @@ def _head(result):
              f"{cell['eager_over_twin']:.1f}", f"{cell['eager_without_norm_over_twin']:.1f}"] for name, cell in cells.items()]
     head = ["rows x width", "twin, µs", "through torch, µs", "through NumPy, µs", "eager with RMSNorm / twin", "eager without RMSNorm / twin"]
     machine = result["machine"]
-    return _grid(head, rows, f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}.")
+    return _grid(head, rows, f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}.{_busy(result) if 'busy' in result else ''}")
 
 
 def _report(*chosen, title=""):
@@ -243,10 +268,12 @@ def _report(*chosen, title=""):
     return render
 
 
-RENDERERS = {"table": table.markdown, "parity": _parity, "selftest": _selftest, "depth": _depth, "compare": _compare, "shared": _shared, "joint": _joint,
+RENDERERS = {"table": table.markdown, "parity": _parity, "parity#quality": _quality, "selftest": _selftest, "depth": _depth, "depth#worth": _worth,
+             "compare": _compare, "ablations": _compare, "shared": _shared, "joint": _joint,
              "lookup": _lookup, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost, "bench": bench.markdown, "bench_sweep": bench.sweep_markdown,
              "detectors": _report(0, 1), "detectors#targets": _detector_targets, "detectors#published": _report(title="Published guards"),
-             "detectors#kinds": _report(title="Harmful answers flagged"),
+             "detectors#kinds": _report(title="Harmful answers flagged"), "detectors#alone": _report(title="Detector without"),
+             "detectors#calibration": _report(title="Calibration"),
              "rewrites#targets": _rewrite_targets, "replay": _report(0), "utility": _report(0),
              "replay#models": _report(title="Real models in replay: msts")}
 

@@ -21,7 +21,7 @@ from ..template import windows
 from ..train import bf16_is_faster
 from . import metrics, record, rows
 
-_SHOWN = ("depth", "rank", "lr", "prefix_weight", "answer_only", "augment", "dilute", "batch_tokens")
+_SHOWN = ("depth", "rank", "lr", "prefix_weight", "answer_only", "augment", "dilute", "balance", "loss_weights", "grades", "window", "batch_tokens", "seed")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run(config):
             bound = np.quantile(last_logits(detector, harmless), 0.99, method="higher") if harmless else None
         first = first or scores
         result["detectors"][str(folder)] = {"trained": _trained(folder, detector), "sources": {
-            source: _measured(scores[source], first[source], part, bound) for source, part in sources.items()}}
+            source: compared(scores[source], first[source], part, bound) for source, part in sources.items()}}
     record.write(config.out, config.name, result, config)
     return result
 
@@ -90,7 +90,8 @@ def last_logits(detector, answers):
     return largest
 
 
-def _measured(scores, first, part, bound):
+def compared(scores, first, part, bound=None):
+    """AUROC of scores with its interval, the paired difference from the first ones where they are others, and the harmful share above a bound."""
     labels, groups = np.array([row.label for row in part]), [row.group for row in part]
     low, high = metrics.bootstrap(metrics.auroc, scores, labels, groups=groups)
     found = {"auroc": metrics.auroc(scores, labels), "low": low, "high": high}
@@ -108,7 +109,8 @@ def _trained(folder, detector):
     if not path.is_file():
         return {"depth": detector.config.depth, "rank": detector.config.rank}
     written = json.loads(path.read_text())
-    return {**{name: written["config"][name] for name in _SHOWN}, "steps": written["steps"], "tokens": written["tokens"],
+    return {**{name: written["config"][name] for name in _SHOWN if name in written["config"]},  # an older training lacks newer options
+            "steps": written["steps"], "tokens": written["tokens"],
             "parameters": written["trained_parameters"], "commit": written["commit"]}
 
 

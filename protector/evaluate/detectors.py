@@ -209,6 +209,12 @@ def described(guard):
     return {**named(guard.detector), "thresholds": guard.thresholds, "calibration": list(getattr(guard.detector, "calibration", ()))}
 
 
+def models_of(guard):
+    """What made a guard's results: its detector as described, its detoxifier as named (None where nothing is rewritten), on_flag."""
+    return {"detector": described(guard), "on_flag": guard.on_flag,
+            "detoxifier": named(guard.detoxifier) if guard.on_flag == "rewrite" and guard.detoxifier else None}
+
+
 def named(model):
     """Which detector or detoxifier: file, backend, quantisation, hash; None where it doesn't say."""
     path = getattr(model, "path", None)

@@ -20,6 +20,7 @@ GIVE_UP = 12  # requests in a row without any answer
 _LONGEST_WAIT_S = 60.0
 _MOST_BYTES = 16 << 20  # of a response; an answer has some kB
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": None}  # what newer models take for a field that they refuse; None: nothing
 _OF_ONE_PROMPT = {"content_filter", "content_policy_violation", "context_length_exceeded", "data_inspection_failed"}  # the next one may well be taken
 
 
@@ -59,13 +60,15 @@ class Endpoint:
         self.url, self.model = url.rstrip("/"), model
         self.timeout_s, self.attempts, self.backoff_s, self.key_variable = timeout_s, attempts, backoff_s, key_variable
         self.counters, self._lock = Counter(), threading.Lock()
+        self._instead = {}  # of _INSTEAD, what this server refused
 
     def chat(self, messages, max_tokens=512, temperature=0.0, accept=None, **options):
         """The answer's text.
 
         Args:
             messages: as OpenAI's; content may be a list of text and image parts.
-            max_tokens, temperature: of the answer.
+            max_tokens, temperature: of the answer. A model that says that it doesn't support one of these fields is asked again with
+                max_completion_tokens, or without a temperature, and so from then on; stderr says so.
             accept: function of the text that returns what to hand back, or None for junk, which is tried again.
             options: further fields of the request, e.g. seed.
         Returns:
@@ -74,8 +77,9 @@ class Endpoint:
             EndpointError: no usable answer after every attempt; SilentError if every attempt failed without an answer,
                 RefusedError for a request that the server will never take.
         """
-        body = json.dumps({"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature,
-                           **options}).encode()
+        instead = dict(self._instead)
+        fields = {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature, **options}
+        body = json.dumps({instead.get(name, name): value for name, value in fields.items() if instead.get(name, name)}).encode()
         headers = {"Content-Type": "application/json"}
         key = os.environ.get(self.key_variable)
         if key:
@@ -99,6 +103,11 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 with error:
                     words = _words(error, deadline)
+                refused = {word: _INSTEAD[word] for word in words if word in _INSTEAD and word not in instead}
+                # A field that isn't known, not a value that is too large: that stays the caller's error.
+                if error.code == 400 and refused and any(word.startswith("unsupported_") for word in words):
+                    self._take(refused)
+                    return self.chat(messages, max_tokens, temperature, accept, **options)
                 reason = f"status {error.code}" + f" ({', '.join(words)})" * bool(words)
                 if error.code not in _RETRIED:
                     self._count("failed")
@@ -111,6 +120,13 @@ class Endpoint:
         self._count("failed")
         raise failure(f"chat: {self.url} must answer within {self.attempts} attempts of {self.timeout_s} s, got {reason} "
                       "at the last. Check the server, or raise timeout_s.")
+
+    def _take(self, refused):
+        """Remember what the server refused, and say it once."""
+        with self._lock:
+            for name in refused.keys() - self._instead:
+                print(f"chat: {self.model} doesn't take {name}; it is asked {f'with {refused[name]}' if refused[name] else 'without it'}.", file=sys.stderr)
+            self._instead |= refused
 
     def _count(self, name):
         with self._lock:

@@ -28,7 +28,7 @@ from ..models import DEFAULT, KINDS, ModelConfig, build
 from ..options import option, parsed
 from ..train import TrainConfig, _device, _epoch, _norm, bf16_is_faster, collate, detoxifier_examples, load_rows, optimizer_of, rate_at
 from . import metrics, record, rows
-from .compare import _measured, last_logits
+from .compare import compared, last_logits
 from .replay import fewest
 
 TWO, ONE, AFTER = "two adapters", "one adapter", "after the answer"
@@ -110,7 +110,7 @@ def run(config):
               "sources": {source: {"n": len(part), "harmful": sum(row.label for row in part)} for source, part in sources.items()},
               "untrained": per_token(untrained, first, counts, questions), "ways": {
                   name: {"parameters": parameters[name], "nats": per_token(mine, first, counts, questions),
-                         "sources": {source: _measured(scores, logits[source], sources[source], None) for source, scores in theirs.items()}}
+                         "sources": {source: compared(scores, logits[source], sources[source], None) for source, scores in theirs.items()}}
                   for name, (mine, theirs) in found.items()}}
     record.write(config.out, "joint", result, config)
     return result

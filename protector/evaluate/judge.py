@@ -256,8 +256,8 @@ def read_verdict(text):
 
 
 def first_word(text):
-    """The first word in lower case, "" if there is none; what a reasoning model thinks aloud is skipped."""
-    match = re.match(r"\W*(\w+)", text.rpartition("</think>")[2])
+    """The first word in lower case, "" if there is none; what a reasoning model thinks aloud is skipped, and an echoed "Your output:"."""
+    match = re.match(r"\W*(?:your output\W*:\W*)?(\w+)", text.rpartition("</think>")[2], re.IGNORECASE)
     return match.group(1).lower() if match else ""
 
 

@@ -80,7 +80,8 @@ def measure(client, triples, related=None, conditions=CONDITIONS, cache=None, pr
         cache: folder for rendered images.
     Returns:
         dict of kind "likelihood": per condition n, nll of harmful and harmless answers and the gap, each with a bootstrap
-        interval over questions, the change of the gap against text only (paired), and curves over token positions.
+        interval over questions, the change of the gap against text only (paired), and curves over token positions. A condition that
+        lacks questions of text only has "text_only", too: the same numbers of text only on those that it has.
     """
     related = related or {}
     blank = rendered("", cache, size=336)
@@ -105,25 +106,34 @@ def measure(client, triples, related=None, conditions=CONDITIONS, cache=None, pr
                 values[condition].setdefault(triple.question, []).append((harmful, harmless))
     if unread:
         print(f"likelihood: {len(unread)} questions are missing for their images. The first: {unread[0]}", file=sys.stderr)
-    result, gaps = {}, {}
+    result, first = {}, values[conditions[0]]
     for condition, by_question in values.items():
-        rows = [(question, *losses) for question, part in by_question.items() for losses in part]
-        if not rows:
-            result[condition] = {"n": 0}
-            continue
-        groups = [question for question, *_ in rows]
-        harmful, harmless = (np.array([row[i].mean() for row in rows]) for i in (1, 2))
-        gap = harmless - harmful
-        gaps[condition] = {question: float(np.mean([b.mean() - a.mean() for a, b in part])) for question, part in by_question.items()}
-        result[condition] = {"n": len(rows), "harmful": metrics.number(np.mean, harmful, groups=groups), "harmless": metrics.number(np.mean, harmless, groups=groups),
-                             "gap": metrics.number(np.mean, gap, groups=groups),
-                             "curves": {"harmful": _curve([row[1] for row in rows]), "harmless": _curve([row[2] for row in rows])}}
-        if condition != conditions[0] and conditions[0] in gaps:
-            shared = [question for question in gaps[condition] if question in gaps[conditions[0]]]
-            change = np.array([gaps[condition][question] - gaps[conditions[0]][question] for question in shared])
-            result[condition]["gap_change"] = metrics.number(np.mean, change, groups=shared)
+        result[condition] = _summary(by_question)
+        shared = {question: first[question] for question in by_question if question in first}
+        if condition != conditions[0] and shared:
+            change = np.array([_gap(by_question[question]) - _gap(part) for question, part in shared.items()])
+            result[condition]["gap_change"] = metrics.number(np.mean, change, groups=list(shared))
+            if len(shared) < len(first):
+                result[condition]["text_only"] = _summary(shared)
     return {"kind": "likelihood", "model": client.name, "unit": "nats per token", "interval": "95 % percentile bootstrap over questions",
             "left_out": {condition: len(triples) - part["n"] for condition, part in result.items()}, "conditions": result}
+
+
+def _summary(by_question):
+    """A condition's numbers, of {question: [(losses of the harmful answer, of the harmless one)]}."""
+    rows = [(question, *losses) for question, part in by_question.items() for losses in part]
+    if not rows:
+        return {"n": 0}
+    groups = [question for question, *_ in rows]
+    harmful, harmless = (np.array([row[i].mean() for row in rows]) for i in (1, 2))
+    return {"n": len(rows), **{name: metrics.number(np.mean, losses, groups=groups) for name, losses in (
+                ("harmful", harmful), ("harmless", harmless), ("gap", harmless - harmful))},
+            "curves": {"harmful": _curve([row[1] for row in rows]), "harmless": _curve([row[2] for row in rows])}}
+
+
+def _gap(part):
+    """Mean gap of one question's answers."""
+    return np.mean([harmless.mean() - harmful.mean() for harmful, harmless in part])
 
 
 def _curve(losses):

@@ -9,20 +9,21 @@ counted and timed by their sizes.
 """
 import sys
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from tqdm import tqdm
 
 from ..base import WEIGHTS
 from ..bench import in_turns, seconds
-from ..bench_rounds import busy, described, load_before, warn
+from ..bench_rounds import busy, described, warn, watched
 from ..engine import llama_cpp
 from ..llama import LlamaDetoxifier, cpu_threads
 from ..options import option, parsed
 from . import metrics, record, rows
 from .replay import fewest
 
-GUESSES, LONGEST, ROUNDS = (1, 2, 4, 8), 3, 15  # most tokens guessed at once; last tokens that are looked up; measurements of each size
+GUESSES, LONGEST, ROUNDS = (1, 2, 4, 8), 3, 15  # most tokens guessed at once; most last tokens that are looked up; measurements of each size
 CACHED = 128  # tokens in the cache while decodes are timed
 
 
@@ -38,20 +39,20 @@ class LookupConfig:
     out: str = option("results", "folder for lookup.json")
 
 
-def guess(ids, most):
-    """What followed the latest earlier place of the last LONGEST tokens, or of fewer: at most `most` ids, [] without such a place.
+def guess(ids, most, least=1):
+    """What followed the latest earlier place of the last LONGEST tokens, or of fewer down to `least`: at most `most` ids, [] without such a place.
 
     Example:
         guess([1, 2, 3, 4, 1, 2], 2)  # [3, 4]
     """
-    for n in range(LONGEST, 0, -1):
+    for n in range(LONGEST, least - 1, -1):
         for i in range(len(ids) - n - 1, -1, -1):
             if ids[i:i + n] == ids[-n:]:
                 return ids[i + n:i + n + most]
     return []
 
 
-def decodes(prompt, written, most):
+def decodes(prompt, written, most, least=1):
     """Tokens of each decode that writes these ids after the prompt; the first comes with the prompt itself.
 
     A decode of one token and g guesses writes one more than it guessed right.
@@ -61,7 +62,7 @@ def decodes(prompt, written, most):
     """
     sizes, known = [], 1
     while known < len(written):
-        guessed = guess(prompt + written[:known], most)
+        guessed = guess(prompt + written[:known], most, least)
         right = next((i for i, (a, b) in enumerate(zip(guessed, written[known:])) if a != b), min(len(guessed), len(written) - known))
         sizes.append(1 + len(guessed))
         known += right + 1
@@ -91,7 +92,7 @@ def run(config):
     Raises:
         ValueError: no harmful answer to rewrite.
     """
-    load, threads = load_before(), config.threads or cpu_threads()
+    meanwhile, threads = watched(), config.threads or cpu_threads()
     harmful = [row for path in config.measure for row in rows.read(path) if row.label and (not config.sources or row.source in config.sources)]
     harmful = fewest(harmful, config.most)
     if not harmful:
@@ -104,15 +105,15 @@ def run(config):
         texts.append((prompt, template.encode(text) + [template.end] * finished))
     times = decode_ms(detoxifier, texts[0][0][:CACHED], range(1, 2 + max(GUESSES)))
     ms = {size: found["median"] for size, found in times.items()}
-    result = {"kind": "lookup", "threads": threads, "load_before": load, "rewrites": len(texts), "quantisation": detoxifier.quantisation,
-              "decode_ms": {str(size): found for size, found in times.items()}, "guesses": {}}
+    result = {"kind": "lookup", "threads": threads, "rewrites": len(texts), "quantisation": detoxifier.quantisation,
+              "decode_ms": {str(size): found for size, found in times.items()}, **meanwhile(), "guesses": []}
     groups = [row.group for row in harmful]
-    for most in GUESSES:
-        sizes = [decodes(prompt, written, most) for prompt, written in texts]
+    for least, most in product(range(1, LONGEST + 1), GUESSES):
+        sizes = [decodes(prompt, written, most, least) for prompt, written in texts]
         plain = np.array([(len(written) - 1) * ms[1] for _, written in texts])
         with_guesses = np.array([sum(ms[size] for size in each) for each in sizes])
-        result["guesses"][str(most)] = {"decodes_of_tokens": sum(map(len, sizes)) / sum(len(written) - 1 for _, written in texts),
-                                        "speed_up": metrics.number(lambda a, b: a.sum() / b.sum(), plain, with_guesses, groups=groups)}
+        result["guesses"].append({"matched": least, "most": most, "decodes_of_tokens": sum(map(len, sizes)) / sum(len(written) - 1 for _, written in texts),
+                                  "speed_up": metrics.number(lambda a, b: a.sum() / b.sum(), plain, with_guesses, groups=groups)})
     result["busy"] = busy(result)
     record.write(config.out, "lookup", result, config)
     warn("lookup", result)
@@ -120,8 +121,8 @@ def run(config):
 
 
 def main(argv=None):
-    for most, found in run(parsed(LookupConfig, "protector.evaluate.lookup", __doc__, argv))["guesses"].items():
-        print(f"{most} guesses: {found['decodes_of_tokens']:.2f} decodes a token, {found['speed_up']['value']:.2f} times as fast")
+    for found in run(parsed(LookupConfig, "protector.evaluate.lookup", __doc__, argv))["guesses"]:
+        print(f"{found['matched']} matched, {found['most']} guesses: {found['decodes_of_tokens']:.2f} decodes a token, {found['speed_up']['value']:.2f} times as fast")
 
 
 if __name__ == "__main__":

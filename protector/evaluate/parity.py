@@ -1,4 +1,4 @@
-"""One score everywhere: the PyTorch model against its GGUF in each quantisation, on the same rows."""
+"""One score everywhere: the PyTorch model against its GGUF in each quantisation, on the same rows; and what each still tells apart."""
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -6,7 +6,8 @@ import numpy as np
 from .. import data
 from ..base import WEIGHTS
 from ..guard import Protector
-from . import record
+from . import metrics, record, report, rows
+from .compare import compared
 
 
 @dataclass(frozen=True)
@@ -24,31 +25,43 @@ def run(config):
     """Score the rows in PyTorch fp32 and in llama.cpp and write the differences to <results>/parity.json.
 
     The band of one half of the rows is the largest difference of a score in the other half: outside threshold +- band both should
-    decide alike, on rows that the band wasn't taken from.
+    decide alike, on rows that the band wasn't taken from. Per source with enough labels stand the AUROC, its paired difference from
+    PyTorch's, and the shares that are flagged at the quantisation's own threshold.
 
     Returns:
         dict of kind "parity".
     """
     path = config.detector or WEIGHTS / "detector.gguf"
-    pairs, triples = data.read(config.data)
-    rows = pairs + data.pairs_of(triples)
-    rows = data.spread(rows, config.rows)
-    reference = _scores(Protector(path, False, backend="torch", threshold=0.5, on_error="raise"), rows)
-    result = {"kind": "parity", "reference": "PyTorch fp32", "rows": len(rows), "rows_sha256": data.fingerprint(rows), "quantisations": {}}
+    answers = data.spread(rows.read(config.data), config.rows)
+    reference = _scores(Protector(path, False, backend="torch", threshold=0.5, on_error="raise"), answers)
+    sources = {source: {"n": len(part), "harmful": sum(row.label for row in part)} for source, part in rows.by_source(answers).items()}
+    result = {"kind": "parity", "reference": "PyTorch fp32", "rows": len(answers), "rows_sha256": rows.fingerprint(answers),
+              "sources": {source: found for source, found in sources.items() if report.enough(found)}, "quantisations": {}}
     for quantisation in config.quantisations:
         guard = Protector(path, False, on_error="raise", detector_options={"quantisation": quantisation})
-        scores, threshold = _scores(guard, rows), guard.thresholds["pair"]
+        scores, threshold = _scores(guard, answers), guard.thresholds["pair"]
         difference = np.abs(scores - reference)
         logits, differ = np.abs(_logit(scores) - _logit(reference)), (scores >= threshold) != (reference >= threshold)
         result["quantisations"][quantisation] = {
             "largest_score_difference": float(difference.max()), "mean_score_difference": float(difference.mean()),
             "largest_logit_difference": float(logits.max()), "threshold": threshold,
             "decisions_that_differ": int(differ.sum()),
-            "of_them_outside_the_band": int((differ & (np.abs(reference - threshold) > _bands(difference))).sum())}
+            "of_them_outside_the_band": int((differ & (np.abs(reference - threshold) > _bands(difference))).sum()),
+            "sources": {source: _of_source(source, answers, scores, reference, threshold) for source in result["sources"]}}
         print(f"{quantisation:5} largest score difference {difference.max():.5f}, decisions that differ "
-              f"{result['quantisations'][quantisation]['decisions_that_differ']} of {len(rows)}")
+              f"{result['quantisations'][quantisation]['decisions_that_differ']} of {len(answers)}")
     record.write(config.results, "parity", result, config)
     return result
+
+
+def _of_source(source, answers, scores, reference, threshold):
+    chosen = [i for i, row in enumerate(answers) if row.source == source]
+    part, flagged = [answers[i] for i in chosen], scores[chosen] >= threshold
+
+    def share(label):
+        return metrics.rate([bool(flag) for flag, row in zip(flagged, part) if row.label == label], [row.group for row in part if row.label == label])
+
+    return {**compared(scores[chosen], reference[chosen], part), "flagged": share(1), "false_positives": share(0)}
 
 
 def _bands(difference):
@@ -57,8 +70,8 @@ def _bands(difference):
     return np.where(even, difference[~even].max(initial=0.0), difference[even].max(initial=0.0))
 
 
-def _scores(guard, rows):
-    return np.array([verdict.score for verdict in guard.guard_batch([(row.question, row.answer) for row in rows])])
+def _scores(guard, answers):
+    return np.array([verdict.score for verdict in guard.guard_batch([row.pair for row in answers])])
 
 
 def _logit(scores):

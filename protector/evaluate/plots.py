@@ -97,7 +97,7 @@ def histogram(edges, harmless, harmful, threshold=None, title="Scores"):
 
 
 def before_after(rows, title="Attack success"):
-    """Horizontal bars before and after, with their intervals.
+    """Horizontal bars before and after, with their intervals, and how many are missing.
 
     Args:
         rows: [(name, before, after)], each a metrics.rate.
@@ -112,10 +112,13 @@ def before_after(rows, title="Attack success"):
     for i, (name, *rates) in enumerate(rows):
         y = top + i * step
         body.append(_text(left + 3, y + 15, _short(name), extra='font-weight="600"'))
+        missing = max(value["missing"] for value in rates)
+        if missing:
+            body.append(_text(left + width + 8, y + 15, f"{missing} missing", colour=GREY))
         for j, (value, colour) in enumerate(zip(rates, (RED, BLUE))):
             at = y + 20 + 14 * j
             if value["rate"] is None:
-                body.append(_text(left + 4, at + 10, f"no verdict ({value['missing']} missing)", colour=GREY))
+                body.append(_text(left + 4, at + 10, "no verdict", colour=GREY))
                 continue
             body += [f'<rect x="{left}" y="{at}" width="{max(value["rate"] * width, 1):.1f}" height="12" fill="{colour}" opacity="0.85"/>',
                      _line(left + value["low"] * width, at + 6, left + value["high"] * width, at + 6, INK, 1.5),

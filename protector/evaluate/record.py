@@ -78,15 +78,20 @@ def cpu():
 
 
 def write(folder, name, result, config=None):
-    """Write FOLDER/NAME.json whole or not at all.
+    """Write FOLDER/NAME.json with its provenance.
 
     Returns:
         its path.
     """
+    return save(folder, name, {**result, "run": provenance(config)})
+
+
+def save(folder, name, result):
+    """Write FOLDER/NAME.json whole or not at all; returns its path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / f"{name}.json", folder / f"{name}.json.partial"
-    partial.write_text(json.dumps(plain({**result, "run": provenance(config)}), indent=1, allow_nan=False) + "\n")
+    partial.write_text(json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
     return path
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..guard import Verdict
 from . import metrics, rewrites
-from .detectors import described
+from .detectors import models_of
 from .judge import KEYWORDS_NOTE, is_refusal
 from .kept import digest
 from .rows import Row, by_source, fingerprint
@@ -105,7 +105,7 @@ def evaluate(guard, rows, judge, progress=False):
 
     models = {source: {name: both([outcome for outcome in part if outcome.row.model == name]) for name in sorted({outcome.row.model for outcome in part})}
               for source, part in by_model.items() if part}
-    return {"kind": "replay", "detector": described(guard), "on_flag": guard.on_flag, "data_sha256": fingerprint(rows),
+    return {"kind": "replay", **models_of(guard), "data_sha256": fingerprint(rows),
             "judge": judge.described(), "judge_measured": judge.measured,
             "human_note": "recorded answers by their human labels, rewrites by the judge",
             "keywords_note": KEYWORDS_NOTE, "interval": "rates: 95 % Wilson at the effective number of questions; change: 95 % Bonett-Price at theirs",

@@ -1,5 +1,6 @@
 """Results as a person reads them: Markdown tables, SVG plots and one HTML page that needs nothing but itself."""
 import re
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from .judge import OWN, OfflineJudge, accuracy_text, criteria_of
 
 SMALL = 20  # rows; sources below are left out of tables, and the table says so
 GRADER = "a language model (not named: graded during development), from a written brief, blind to which were which"
+_INTERVALS = "Intervals: rates 95 % Wilson at the effective number of questions, others 95 % bootstrap over questions."
 FEW = 5  # harmful answers, below which F1 and recall are a handful of outcomes, and a bootstrap of them says nothing
 
 
@@ -64,13 +66,25 @@ def _guard(result, errors=0):
     named = result.get("detector")
     if not named:
         return ""
-    text = f"Guard: {guard_name(named)}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}."
+    text = f"Guard: {model_name(named)}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}{_detoxifier(result)}."
     return text + (f" **It failed on {errors} answers**, which its error policy answered." if errors else "")
 
 
-def guard_name(named):
-    """A detector's file with the beginning of its hash, of detectors.named."""
-    return named["model"] + (f" (sha256 {named['sha256'][:12]})" if named.get("sha256") else "")
+def model_name(named):
+    """A model's file with the beginning of its hash, of detectors.named; "none" for None."""
+    return named["model"] + (f" (sha256 {named['sha256'][:12]})" if named.get("sha256") else "") if named else "none"
+
+
+def _detoxifier(result):
+    """", detoxifier NAME" of a guard that acts; "" of a detector alone."""
+    if "detoxifier" in result:
+        return f", detoxifier {model_name(result['detoxifier'])}"
+    return ", detoxifier not recorded" if result.get("on_flag") == "rewrite" else ""  # of an older run
+
+
+def guard_name(result):
+    """Detector and detoxifier of a result, each by its file and the beginning of its hash."""
+    return model_name(result["detector"]) + _detoxifier(result)
 
 
 def _judge(result):
@@ -91,17 +105,21 @@ def detector_tables(result):
         return [number(value) if enough(part) else "–" for value in values]
 
     rows = [[source, f"{part['n']} ({part['harmful']})",
-             *unless_few(part, part["auroc"], words[source]["auroc"], part["auprc"], part.get("auprc_always_harmful", part["harmful"] / part["n"]), part["f1"], part["f1_always_harmful"],
-                         part["recall_at_1%_fpr"], part["recall_at_5%_fpr"], words[source].get("recall_at_5%_fpr")), number(part["ece"])]
+             *unless_few(part, part["auroc"], words[source]["auroc"], part["auprc"], words[source]["auprc"], part.get("auprc_always_harmful", part["harmful"] / part["n"]),
+                         part["f1"], part["f1_always_harmful"], part["recall_at_1%_fpr"], part["recall_at_5%_fpr"], words[source].get("recall_at_5%_fpr")), number(part["ece"])]
             for source, part in large.items()]
     at = [[source, share(part["recall"]), share(part["false_positives"]), *unless_few(part, part["best_f1"], words[source]["f1"])]
           for source, part in large.items()]
     beaten = [f"{source} ({name} {theirs:.3f} against {ours:.3f})" for source, part in large.items()
-              for key, name in (("auroc", "AUROC"), ("recall_at_5%_fpr", "recall at 5 % FPR")) if enough(part)
+              for key, name in (("auroc", "AUROC"), ("auprc", "AUPRC"), ("recall_at_5%_fpr", "recall at 5 % FPR")) if enough(part)
               for ours, theirs in [[found["value"] if isinstance(found, dict) else found for found in (part[key], words[source].get(key))]]
               if None not in (ours, theirs) and theirs > ours]
+    labelled = {}
+    for source, part in large.items():
+        labelled.setdefault(", ".join(part["labellers"]) or "not recorded", []).append(source)
     few = [source for source, part in large.items() if part["harmful"] and not enough(part)]
     notes = [f"{_guard(result)} Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them.",
+             "Who labelled: " + "; ".join(f"{', '.join(told)}: {who}" for who, told in labelled.items()) + ".",
              "Always “harmful”: the constant answer, whose AUROC is 0.5 and whose AUPRC is the share of harmful answers.",
              *([f"**Word counts alone do better** on {'; '.join(beaten)}."] if beaten else []),
              *([f"Without AUROC, F1 and recall, of fewer than {FEW} harmful or harmless answers: {', '.join(few)}."] if few else []), *_left_out(result["sources"])]
@@ -120,26 +138,27 @@ def detector_tables(result):
     ours, at_best = _beside_published(large, published["columns"])
     return [
         {"title": "Detector", "rows": rows, "notes": notes,
-         "head": ["source", "n (harmful)", "AUROC", "AUROC, word counts", "AUPRC", "AUPRC, always “harmful”", "F1 at threshold", "F1, always “harmful”",
+         "head": ["source", "n (harmful)", "AUROC", "AUROC, word counts", "AUPRC", "AUPRC, word counts", "AUPRC, always “harmful”", "F1 at threshold", "F1, always “harmful”",
                   "recall at 1 % FPR", "recall at 5 % FPR", "recall at 5 % FPR, word counts", "ECE"]},
         {"title": "Detector at its threshold", "head": ["source", "harmful flagged", "harmless flagged", "best F1", "best F1, word counts"],
          "rows": at, "notes": ["Best F1: its threshold was chosen on the same answers, an upper bound."]},
-        *without, *_by_kind(result.get("kinds", {})),
+        *without, *_by_kind(result.get("kinds", {}), _guard(result)),
         {"title": "Calibration", "head": ["source", *(f"{low:.1f}–{high:.1f}" for low, high in edges)], "rows": bins,
          "notes": ["Share of harmful answers (n) among those scored in each tenth; a calibrated score has 0.05, 0.15, ... 0.95. "
                    "ECE is the mean distance, weighted by n."]},
         {"title": "Published guards", "head": ["model", *published["columns"]],
          "rows": [[name, *(f"{value:.1f}" for value in values)] for name, values in published["rows"].items()] + ours,
-         "notes": [f"{published['unit']}. Source: {published['source']}. On SafeRLHF the constant answer beats most guards.", *at_best]}]
+         "notes": [f"{published['unit']}. Source: {published['source']}. On SafeRLHF the constant answer beats most guards.",
+                   _guard(result), *at_best]}]
 
 
-def _by_kind(sources):
+def _by_kind(sources, guard):
     """The table of harmful answers by kind of harm, if there is one: kinds in rows, sources in columns."""
     large = {source: found for source, found in sources.items() if sum(rate["n"] for rate in found.values()) >= SMALL}
     n = {kind: sum(found[kind]["n"] for found in large.values() if kind in found) for found in large.values() for kind in found}
     return [{"title": "Harmful answers flagged, by kind of harm", "head": ["kind", *large],
              "rows": [[kind, *(share(found.get(kind)) for found in large.values())] for kind in sorted(n, key=n.get, reverse=True)],
-             "notes": ["People labelled the answers harmful; what their harm is about, a language model (not named: graded during development) told "
+             "notes": [guard, "People labelled the answers harmful; what their harm is about, a language model (not named: graded during development) told "
                        "from question and answer."]}] if n else []
 
 
@@ -165,8 +184,9 @@ def _points(change):
 def _attacks(name, parts):
     """{"head", "rows"} of replayed parts; by human labels also what rests on no judge of rewrites."""
     graded = ["after, rewrites by grades", "after, rewrites all harmless – all harmful"] if any("after_graded" in part for part in parts.values()) else []
-    return {"head": [name, "before", "after", *graded, "change", "actions"],
+    return {"head": [name, "before", "after", *graded, "change", "keywords, before", "keywords, after", "actions"],
             "rows": [[key, share(part["before"]), share(part["after"]), *(_by_grades(part) if graded else ()), _points(part["change"]),
+                      share(part["keywords_before"]), share(part["keywords_after"]),
                       ", ".join(f"{action} {n}" for action, n in sorted(part["actions"].items()))] for key, part in parts.items()]}
 
 
@@ -181,25 +201,24 @@ def replay_tables(result):
     tables, graded = [], any("after_graded" in part["human"] for part in result["sources"].values())
     notes = [f"Grades: by {GRADER}; a rewrite without one is missing. All harmless – all harmful: with the outer ends of both intervals."] if graded else []
     guard = _guard(result, sum(part["human"]["errors"] for part in result["sources"].values()))
+    keywords = f"Keywords misjudge: {result['keywords_note']}."
     human = _large({source: part["human"] for source, part in result["sources"].items()})
     by_judge = _large({source: part["judge"] for source, part in result["sources"].items()})
     for who, parts, told in (("human labels", human, [f"Labels: {result['human_note']}.", *notes]),
                              ("the judge", by_judge, ["Labels: the judge alone, before and after."])):
         tables.append({"title": f"Attack success in replay, by {who}", **_attacks("source", parts),
-                       "notes": [guard, *told, _judge(result), f"Intervals: {result['interval']}.",
+                       "notes": [guard, *told, _judge(result), keywords, f"Intervals: {result['interval']}.",
                                  *_left_out({source: part["human"] for source, part in result["sources"].items()})]})
     without_table = {}
     for source, models in result["models"].items():
         parts = {name: part["human"] for name, part in models.items()}
         if _large(parts):
             tables.append({"title": f"Real models in replay: {source}", **_attacks("model", _large(parts)),
-                           "notes": [f"Labels: {result['human_note']}. {_judge(result)}", *notes, *_models_left_out({source: parts})]})
+                           "notes": [_guard(result), f"Labels: {result['human_note']}. {_judge(result)}", *notes, keywords, f"Intervals: {result['interval']}.",
+                                     *_models_left_out({source: parts})]})
         else:
             without_table[source] = parts
     tables[0]["notes"] += _models_left_out(without_table)
-    rows = [[source, share(part["keywords_before"]), share(part["keywords_after"])] for source, part in human.items()]
-    tables.append({"title": "Refusal keywords in replay", "head": ["source", "no refusal phrase, before", "after"], "rows": rows,
-                   "notes": [f"Misjudges: {result['keywords_note']}."]})
     return tables
 
 
@@ -213,10 +232,7 @@ def rewrite_tables(result):
             ["refused by the guard", share(result["refused_by_guard"])],
             ["judged harmless, of rewrites", share(result["judged_harmless"])],
             ["with a refusal phrase", share(result["refusals"])]]
-    notes = [f"Judge: {result['judge']}."]
-    if result.get("detector"):
-        wrote = f" Rewrites by {result['detoxifier']['model']}." if result["detoxifier"] else ""
-        notes.insert(0, _guard(result) + wrote)
+    notes = [*filter(None, [_guard(result)]), f"Judge: {result['judge']}.", _INTERVALS]
     on_own = result.get("judge_on_own")
     if on_own:
         rows.insert(5, ["the same judge: harmless answers of this project's own judged harmful", share(on_own["harmless_called_harmful"])])
@@ -228,7 +244,7 @@ def rewrite_tables(result):
                  ["nothing but a refusal, by the same", share(graded["refuses"])]]
         grader = graded["grader"]
         notes.append(f"Grades: by {GRADER}; on the {grader['n']} answers with human labels among these texts: accuracy {share(grader['accuracy'])}, "
-                     f"AUROC {number(grader['auroc'], 2)}. Texts that weren't graded are missing.")
+                     f"AUROC {number(grader['auroc'], 2)} (these intervals over answers). Texts that weren't graded are missing.")
     if judged:
         rows += [["about its question, by the judge of relevance", share(judged["about_own_question"])],
                  ["about another question, by the same judge", share(judged["about_another_question"])]]
@@ -253,7 +269,8 @@ def rewrite_tables(result):
                        "rows": [[source, *(share(measured[source][name]) for name in ("accuracy", "matching_passed", "shuffled_passed"))]
                                 for source in _large(accuracies)],
                        "notes": ["Recorded answers with their own question, and with another of their source. Rewrites have no labels: "
-                                 "how often they pass for another question stands above.", *_left_out(accuracies)]})
+                                 "how often they pass for another question stands above.",
+                                 "Intervals: 95 % Wilson, of the accuracy at the effective number of questions.", *_left_out(accuracies)]})
     return tables
 
 
@@ -267,7 +284,7 @@ def utility_tables(result):
 
     notes = [_guard(result, sum(part["errors"]["k"] for part in result["sources"].values()))]
     notes += [f"Added time against {result['time_against']}."] if result["time_against"] else []
-    notes.append("Changed must equal flagged: nothing else is ever touched. Intervals: rates 95 % Wilson, time 95 % bootstrap.")
+    notes.append(f"Changed must equal flagged: nothing else is ever touched. {_INTERVALS}")
     return [{"title": f"Utility on harmless answers, by {name}", "head": [name, *head],
              "rows": [row(key, part) for key, part in _large(result[f"{name}s"]).items()], "notes": [*notes, *_left_out(result[f"{name}s"])]}
             for name in ("source", "model") if result[f"{name}s"]]
@@ -296,37 +313,48 @@ def benchmark_tables(result):
 
     def cells(cell, policy):
         judged = ["–"] * 3 if policy and _knows_harm_alone(result) else [share(cell["before"]), share(cell["after"]), _points(cell["change"])]
-        return [*judged, share(cell["keywords_before"], False), share(cell["keywords_after"], False), str(cell["rendered"])]
+        return [*judged, share(cell["keywords_before"], False), share(cell["keywords_after"], False), str(cell["no_answer"]), str(cell["rendered"])]
 
     rows = [[names[group], kind, *cells(cell, group == "policy")] for group in names for kind, cell in result[group].items()]
     each = [[name, kind, *cells(cell, criteria_of(name) != "general")] for name, kinds in result["scenarios"].items() for kind, cell in kinds.items()]
     keywords = f"Keywords misjudge: {result['keywords_note']}."
-    notes = [_guard(result, result.get("errors", 0)), f"Model: {result['model']}. {_judge(result)} Intervals: {result['interval']}.", keywords]
+    guard = _guard(result, result.get("errors", 0))
+    head = ["kind", "before", "after", "change", "keywords, before", "keywords, after", "no answer", "rendered here"]
+    notes = [guard, f"Model: {result['model']}. {_judge(result)} Intervals: {result['interval']}.", keywords]
     if result["benchmark"] in _POLICY:
         which, about = _POLICY[result["benchmark"]]
         notes.append(f"Policy scenarios ({which}) forbid plain {about} advice: a harm detector has no reason to flag it."
                      + (_UNJUDGED if _knows_harm_alone(result) else ""))
     if result.get("added_percent") is not None:
-        notes.append(f"Guarding took {result['added_percent']:.0f} % of the time that the model took to answer, n {result['n_timed']}."
+        notes.append(f"Guarding took {number(result['added_percent'], 0)} % of the time that the model took to answer, n {result['n_timed']}."
                      + (f" {result['time_note']}." if result.get("time_note") else ""))
     if result["missing"]:
         more = len(result["missing"]) - 6
         notes.append("Missing: " + "; ".join(line.partition(" (")[0] for line in result["missing"][:6]) + (f"; and {more} more" if more > 0 else "") + ".")
-    return [{"title": f"Attack success: {result['benchmark']}", "head": ["scenarios", "kind", "before", "after", "change", "keywords, before", "keywords, after", "rendered here"],
-             "rows": rows, "notes": notes},
-            {"title": f"{result['benchmark']} by scenario",
-             "head": ["scenario", "kind", "before", "after", "change", "keywords, before", "keywords, after", "rendered here"], "rows": each,
-             "notes": [_judge(result), keywords]}]
+    return [{"title": f"Attack success: {result['benchmark']}", "head": ["scenarios", *head], "rows": rows, "notes": notes},
+            {"title": f"{result['benchmark']} by scenario", "head": ["scenario", *head], "rows": each,
+             "notes": [guard, f"{_judge(result)} Intervals: {result['interval']}.", keywords]}]
+
+
+def _conditions(result):
+    """Conditions as they are drawn: behind one that lacks questions of text only stands text only on those that it has."""
+    parts = {}
+    for name, part in result["conditions"].items():
+        parts[name] = part
+        if "text_only" in part:
+            parts[f"text only, questions of {name}"] = part["text_only"]
+    return parts
 
 
 def likelihood_tables(result):
-    rows = [[name, str(part["n"]), number(part.get("harmful"), 2), number(part.get("harmless"), 2), number(part.get("gap"), 2),
-             number(part.get("gap_change"), 2)] for name, part in result["conditions"].items()]
+    rows = [[name, str(part["n"]), str(result["left_out"].get(name, "–")), number(part.get("harmful"), 2), number(part.get("harmless"), 2), number(part.get("gap"), 2),
+             number(part.get("gap_change"), 2)] for name, part in _conditions(result).items()]
     notes = [f"Model: {result['model']}. {result['unit']}; gap = harmless - harmful, larger is worse. Intervals: {result['interval']}.",
              f"Related image: the nearest of {result['related_images']} to the question, where one is near enough."
-             if result.get("related_images") else "Related image: none was given; pass --related."]
+             if result.get("related_images") else "Related image: none was given; pass --related.",
+             "Left out: questions whose image is absent or can't be read. A condition that lacks some stands beside text only on those that it has."]
     return [{"title": "Likelihood of harmful and harmless answers",
-             "head": ["condition", "n", "harmful", "harmless", "gap", "gap against text only"], "rows": rows, "notes": notes}]
+             "head": ["condition", "n", "left out", "harmful", "harmless", "gap", "gap against text only"], "rows": rows, "notes": notes}]
 
 
 def judge_tables(result):
@@ -334,7 +362,7 @@ def judge_tables(result):
              share(part["harmful_missed"]), share(part["harmless_called_harmful"])]
             for source, part in _large(result["measured"]).items()]
     return [{"title": "The judge, judged", "rows": rows,
-             "notes": [f"{result['judge']}. Measured on questions that it never saw. Intervals: rates 95 % Wilson, others 95 % bootstrap.",
+             "notes": [f"{result['judge']}. Measured on questions that it never saw. {_INTERVALS}",
                        *_left_out(result["measured"])],
              "head": ["source", "n (harmful)", "accuracy", "balanced", "AUROC", "harmful missed", "harmless called harmful"]}]
 
@@ -348,8 +376,10 @@ def tables_of(results):
     known = [(name, result) for name, result in results.items() if result["kind"] in _TABLES]
     known.sort(key=lambda item: (list(_TABLES).index(item[1]["kind"]), item[0]))
     parts = [(name, result, _TABLES[result["kind"]](result)) for name, result in known]
-    guards = {name: guard_name(result["detector"]) for name, result, _ in parts if result.get("detector")}
-    for name, _, tables in parts if len(set(guards.values())) > 1 else ():
+    guards = {name: guard_name(result) for name, result, _ in parts if result.get("detector")}
+    # A detector alone says nothing of a detoxifier, nor does an older run.
+    several = any(len({model_name(result[kind]) for _, result, _ in parts if kind in result}) > 1 for kind in ("detector", "detoxifier"))
+    for name, _, tables in parts if several else ():
         if name in guards and tables:
             tables[0]["notes"].append(f"**Not one guard's results**: {'; '.join(f'{of}: {guard}' for of, guard in guards.items())}.")
     return parts
@@ -365,35 +395,36 @@ def markdown(table):
 
 
 def figures_of(name, result):
-    """{file stem: (caption, SVG)}."""
-    kind, figures = result["kind"], {}
+    """{file stem: (caption, SVG)}; the caption is the plot's title, too, and goes with it where it stands alone."""
+    kind, figures = result["kind"], {}  # {file stem: (caption, function of a title)}
     if kind == "detectors":
         drawn = {source: part for source, part in list(result["sources"].items())[:6] if part["n"] >= 100}
         curves = {f"{source} ({part['auroc']['value']:.2f})": part["roc"] for source, part in drawn.items() if part["roc"]}
         if curves:
-            figures[f"{name}-roc"] = ("ROC per source, AUROC in brackets; dotted: chance", plots.roc(curves))
+            figures[f"{name}-roc"] = ("ROC per source, AUROC in brackets; dotted: chance", partial(plots.roc, curves))
         for source, part in drawn.items():
-            figures[f"{name}-scores-{_slug(source)}"] = (f"Scores: {source}", plots.histogram(
-                part["histogram"]["edges"], part["histogram"]["harmless"], part["histogram"]["harmful"], part["f1"].get("threshold")))
+            figures[f"{name}-scores-{_slug(source)}"] = (f"Scores: {source}", partial(
+                plots.histogram, part["histogram"]["edges"], part["histogram"]["harmless"], part["histogram"]["harmful"], part["f1"].get("threshold")))
             figures[f"{name}-calibration-{_slug(source)}"] = (f"Calibration: {source}, ECE {number(part['ece'])}",
-                                                              plots.reliability(part["reliability"]))
+                                                              partial(plots.reliability, part["reliability"]))
     elif kind == "replay":
         human = _large({source: part["human"] for source, part in result["sources"].items()})
         rows = [(source, part["before"], part["after"]) for source, part in human.items()]
         if rows:
-            figures[f"{name}-attacks"] = (f"Harmful answers shown, before and after, by human labels; rewrites by {result['judge']}", plots.before_after(rows))
+            figures[f"{name}-attacks"] = (f"Harmful answers shown, before and after, by human labels; rewrites by {result['judge']}", partial(plots.before_after, rows))
         for source, models in result["models"].items():
             human = _large({model: part["human"] for model, part in models.items()})
             rows = [(model, part["before"], part["after"]) for model, part in human.items()]
             if rows:
-                figures[f"{name}-models-{_slug(source)}"] = (f"Real models, {source}; rewrites by {result['judge']}", plots.before_after(rows))
+                figures[f"{name}-models-{_slug(source)}"] = (f"Real models, {source}; rewrites by {result['judge']}", partial(plots.before_after, rows))
     elif kind == "benchmark":
         rows = [(f"{group}, {image}", cell["before"], cell["after"])
                 for group in ("harm", *(() if _knows_harm_alone(result) else ("policy",))) for image, cell in result[group].items()]
-        figures[f"{name}-attacks"] = (f"{result['benchmark']}: attacks that worked, by {result['judge']}", plots.before_after(rows))
+        figures[f"{name}-attacks"] = (f"{result['benchmark']}, {result['model']}: attacks that worked, by {result['judge']}", partial(plots.before_after, rows))
     elif kind == "likelihood":
-        figures[f"{name}-curves"] = ("Mean loss along the answer", plots.curves(result["conditions"]))
-    return figures
+        figures[f"{name}-curves"] = (f"Mean loss along the answer: {result['model']}", partial(plots.curves, _conditions(result)))
+    guard = f". Guard: {guard_name(result)}" if result.get("detector") else ""
+    return {stem: (caption + guard, draw(title=caption + guard)) for stem, (caption, draw) in figures.items()}
 
 
 def alone(svg):
@@ -531,7 +562,7 @@ def html(results):
 
 
 def write(results, folder):
-    """Write index.html, tables.md and the plots.
+    """Write index.html, tables.md, the plots and the results that all of it is drawn from, as NAME.json.
 
     Args:
         results: {name: result}, as record.read_all gives them.
@@ -542,9 +573,11 @@ def write(results, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     results = record.plain(results)
-    text = "\n".join(markdown(table) for _, _, tables in tables_of(results) for table in tables)
+    drawn = tables_of(results)
+    text = "\n".join(markdown(table) for _, _, tables in drawn for table in tables)
     (folder / "tables.md").write_text(text, encoding="utf-8")
-    for name, result in results.items():
+    for name, result, _ in drawn:
+        record.save(folder, name, result)
         for stem, (_, svg) in figures_of(name, result).items():
             # Alone in a file it has no page around it: each colour becomes its fallback.
             (folder / f"{stem}.svg").write_text(alone(svg), encoding="utf-8")

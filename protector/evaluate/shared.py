@@ -21,11 +21,11 @@ from tqdm import tqdm
 from .. import data
 from ..base import WEIGHTS
 from ..bench import Bare, _adapter, _ids, _loaded_bytes, in_turns, seconds
-from ..bench_rounds import busy, described, load_before, warn
+from ..bench_rounds import busy, described, warn, watched
 from ..llama import _BATCH_TOKENS, LlamaDetector, LlamaDetoxifier, _Context, cpu_threads
 from ..options import option, parsed
 from . import record, rows
-from .compare import _measured, last_logits
+from .compare import compared, last_logits
 from .depth import probe
 from .replay import fewest
 
@@ -54,7 +54,7 @@ def run(config):
     Raises:
         ValueError: no rows of both labels to fit on, or no source with both to measure on.
     """
-    load, threads = load_before(), config.threads or cpu_threads()
+    meanwhile, threads = watched(), config.threads or cpu_threads()
     fitted_on = fewest([row for path in config.train for row in rows.read(path)], config.most)
     sources = {source: part for source, part in rows.by_source(fewest([row for path in config.measure for row in rows.read(path)], config.most)).items()
                if len({row.label for row in part}) == 2 and (not config.sources or source in config.sources)}
@@ -64,10 +64,11 @@ def run(config):
     detoxifier = LlamaDetoxifier(config.detoxifier or WEIGHTS / "detoxifier.gguf", n_threads=threads)
     weights, adapter = detoxifier.context.weights, _adapter(detoxifier)
     context, bare = _Context(weights, adapter, detector.longest, True, threads), Bare(weights, threads, adapter)
-    result = {"kind": "shared", "threads": threads, "load_before": load, "fitted_on": len(fitted_on), "models": {
+    result = {"kind": "shared", "threads": threads, "fitted_on": len(fitted_on), "models": {
         name: {"blocks": model.metadata.depth, "quantisation": model.quantisation} for name, model in (("detector", detector), ("detoxifier", detoxifier))},
         "bytes": {"two": _loaded_bytes(detector) + _loaded_bytes(detoxifier), "one": _loaded_bytes(detoxifier)},
         "scoring_ms": {str(n): scoring_ms(detector, context, bare, n) for n in ANSWER_TOKENS}, "first_token_ms": first_token_ms(detoxifier, bare)}
+    result |= meanwhile()
     result |= {"busy": busy(result), "sources": quality(detector, context, fitted_on, sources)}
     record.write(config.out, "shared", result, config)
     warn("shared", result)
@@ -95,8 +96,8 @@ def quality(detector, context, fitted_on, sources):
     backbone = SimpleNamespace(template=template, logits=lambda sequences: probe(ends, labels, states(context, tqdm(sequences, unit="window"))))
     cuts = np.cumsum([len(part) for part in sources.values()])[:-1]
     theirs, ours = (np.split(last_logits(model, measured), cuts) for model in (detector, backbone))
-    return {source: {"n": len(part), "harmful": sum(row.label for row in part), "detector": _measured(first, first, part, None),
-                     "one backbone": _measured(second, first, part, None)} for (source, part), first, second in zip(sources.items(), theirs, ours)}
+    return {source: {"n": len(part), "harmful": sum(row.label for row in part), "detector": compared(first, first, part),
+                     "one backbone": compared(second, first, part)} for (source, part), first, second in zip(sources.items(), theirs, ours)}
 
 
 def scoring_ms(detector, context, bare, n):

@@ -2,7 +2,7 @@
 
     AUROC, F1, false positives    of the detector, on human-labelled answers
     harmful before -> after       share of answers that the independent judge calls harmful, unguarded and guarded; a refusal is none
-    ms                            median time of guard() for a harmless answer, one at a time
+    ms                            median time of guard() for a harmless answer, one at a time; the fastest and the slowest
 """
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,8 +75,8 @@ def _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, ju
     guard = Protector(detector, detoxifier, threshold=threshold)
     scorer = scoring_guard(guard.detector, threshold=threshold)
     scores, thresholds = score_rows(scorer, chosen)
-    numbers = {"detector": named(guard.detector), "threshold": guard.thresholds["pair"], **_detector_numbers(scores, chosen, thresholds)}
-    guard.detoxifier  # loads it now, and not within the first flagged answer's time
+    # The detoxifier loads now, and not within the first flagged answer's time.
+    numbers = {"detector": named(guard.detector), "detoxifier": named(guard.detoxifier), "threshold": guard.thresholds["pair"], **_detector_numbers(scores, chosen, thresholds)}
     outcomes = guard_rows(guard, harmless)
     times = [outcome.verdict.usage["ms"] for outcome in outcomes]
     numbers["harmless_changed_without_flag"] = metrics.rate([outcome.changed and not outcome.verdict.flagged for outcome in outcomes],
@@ -105,7 +105,7 @@ def markdown(result):
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
 
     def line(title, cell, is_guard=True):
-        cells = [cell(found) if not is_guard or "detector" in found else "" for found in result["models"].values()]
+        cells = [cell(found) if not is_guard or "ms" in found else "" for found in result["models"].values()]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
 
     line("AUROC", lambda m: _interval(m["auroc"]), is_guard=False)
@@ -116,10 +116,12 @@ def markdown(result):
     line("labelled harmful answers: flagged", lambda m: _share(m["labelled"]["flagged"]))
     for title, part in (("labelled harmful answers", "labelled"), ("base model's own answers", "base")):
         line(f"{title}: judged harmful before -> after", lambda m: f"{_share(m[part]['before'])} -> {_share(m[part]['after'])}")
-    line("ms per harmless answer, median", lambda m: f"{m['ms']['median']:.0f}")
+    line("ms per harmless answer, median",
+         lambda m: f"{m['ms']['median']:.0f} [{m['ms']['low']:.0f}, {m['ms']['high']:.0f}], n {m['harmless_changed_without_flag']['n']}")
     n = next(iter(result["models"].values()))
     sources = ", ".join(f"{source} {count}" for source, count in result["rows"].items())
-    lines += ["", f"{n['n']} labelled answers ({n['harmful']} harmful): {sources}. Judge: {result['judge']}."]
-    guards = [f"{name}: {report.guard_name(model['detector'])}" for name, model in result["models"].items() if "detector" in model]
+    lines += ["", f"{n['n']} labelled answers ({n['harmful']} harmful): {sources}. Judge: {result['judge']}.",
+              "In square brackets: AUROC and F1 95 % bootstrap over questions, shares 95 % Wilson, ms the fastest and the slowest of the n answers."]
+    guards = [f"{name}: {report.guard_name(model)}" for name, model in result["models"].items() if "detector" in model]
     lines += [f"Guards: {'; '.join(guards)}."] if guards else []
     return "\n".join(lines)

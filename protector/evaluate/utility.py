@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import DataError
 from . import metrics
-from .detectors import described
+from .detectors import models_of
 from .replay import guard_rows
 from .rows import Row, by_source, fingerprint
 
@@ -66,7 +66,7 @@ def evaluate(guard, rows, seconds_per_token=None, progress=False):
     outcomes = guard_rows(guard, [row for row in rows if not row.label], progress)
     sources = {source: [outcome for outcome in outcomes if outcome.row.source == source] for source in by_source(rows)}
     models = sorted({outcome.row.model for outcome in outcomes if outcome.row.model})
-    return {"kind": "utility", "detector": described(guard), "on_flag": guard.on_flag, "data_sha256": fingerprint(rows),
+    return {"kind": "utility", **models_of(guard), "data_sha256": fingerprint(rows),
             "time_against": None if not seconds_per_token else
             f"the base model writing the same tokens on this machine, {1 / seconds_per_token:.0f} tokens/s; an MLLM is slower, "
             "so its percentage is lower",
@@ -163,6 +163,6 @@ def exact_match(guard, name, items, missing=(), progress=False):
     before = [is_right(name, item, item.answer) for item in items]
     # POPE takes whatever has no "no" in it for a yes, the refusal among it.
     after = [outcome.verdict.action not in ("refuse", "error") and is_right(name, item, outcome.verdict.text) for item, outcome in zip(items, outcomes)]
-    return {"kind": "exact", "benchmark": name, "detector": described(guard), "on_flag": guard.on_flag, "without_answer": len(missing),
+    return {"kind": "exact", "benchmark": name, **models_of(guard), "without_answer": len(missing),
             "accuracy_before": metrics.rate(before, groups), "accuracy_after": metrics.rate(after, groups),
             "change": metrics.paired_change(before, after, groups), **summary(outcomes)}
