@@ -502,7 +502,7 @@ class _Cursor:
         self.begun = None  # ids of a start that the next step carries out
 
     def start(self, ids):
-        """Begin anew with these ids, which carry no score; they are decoded with the first ones that do. Waits for no one."""
+        """Begin anew with these ids, which carry no score; they are decoded with what is fed first, be it nothing. Waits for no one."""
         self.begun = list(ids)
 
     def feed(self, ids, check=None):

@@ -300,7 +300,7 @@ class _Cursor:
     def feed(self, ids, check=None):
         if check:
             check()
-        return self.detector._head_logits(self._step(ids)[0])  # (1, n, d) -> (n,)
+        return self.detector._head_logits(self._step(ids)[0]) if ids else []  # (1, n, d) -> (n,)
 
     def _step(self, ids):
         output = self.detector.backbone(input_ids=torch.tensor([ids], device=self.detector.device),

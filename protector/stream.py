@@ -208,6 +208,9 @@ class StreamGuard:
         for piece in filter(None, pieces):
             self._wait(piece)
         if self._n_waiting < STEP_TOKENS:
+            if self._cursor is None and self._n_waiting and self.text.strip():
+                self._open()
+                self._logits(self._cursor, [])  # the question is read now, so that no later push waits for it and a step together
             return []
         self._feed_waiting()
         if self._alarm and self.protector.on_flag != "report":
@@ -289,11 +292,7 @@ class StreamGuard:
         """Score new answer tokens on the growing cache, window by window."""
         window, overlap = self.protector.window, self.protector.overlap
         if self._cursor is None:
-            template = self.protector.detector.template
-            question_ids, turns, self._dropped = self.protector._context(self.q, self.history)
-            self._prefix = template.prefix(question_ids, turns)
-            self._cursor = self.protector.detector.open()
-            self._cursor.start(self._prefix)
+            self._open()
         while ids and not self._stops:
             self._check()
             room = self._window_start + window - len(self._ids)
@@ -311,6 +310,13 @@ class StreamGuard:
             self._ids += part  # before an alarm: the rewrite may see them
             part = self._ids[len(self._ids) - len(part) - n_again:]
             self._take(part, self._logits(self._cursor, part))
+
+    def _open(self):
+        template = self.protector.detector.template
+        question_ids, turns, self._dropped = self.protector._context(self.q, self.history)
+        self._prefix = template.prefix(question_ids, turns)
+        self._cursor = self.protector.detector.open()
+        self._cursor.start(self._prefix)
 
     def _logits(self, cursor, ids):
         logits = cursor.feed(ids, self._check)

@@ -638,6 +638,20 @@ def test_push_and_finish_after_the_end_do_nothing(ids):
     state.close()
 
 
+def test_the_question_is_read_with_the_first_word(llama_detector, torch_detector):
+    """Not together with the first step: no push waits for both."""
+    state = StreamGuard(Protector(llama_detector, False, threshold=1.0), Q)
+    for blank in ("  ", "\n"):
+        state.push(blank)
+    assert state._cursor is None, "a blank answer needs no model"
+    for chunk in (" Use", " warm"):
+        state.push(chunk)
+    assert state._cursor.n_cached == len(state._prefix) and not state._ids
+    assert [event.text for event in state.finish()] == ["  \n Use warm"]
+    p = Protector(torch_detector, False, threshold=1.0)
+    assert list(p.stream(Q, cut(SAFE, 3)))[-1].verdict.score == pytest.approx(p.score(Q, SAFE), abs=1e-4)
+
+
 def test_the_wait_after_the_last_chunk_is_one_step(ids):
     for n in range(14, 21):
         p, detector = make(ids)
