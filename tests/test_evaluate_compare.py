@@ -45,7 +45,7 @@ def test_a_turned_head_turns_the_auroc(folders, measure, tmp_path, capsys):
     assert plain["above_harmless"]["n"] == 30 and result["harmless"] == 30  # the harmful half of the file sets no bound
     assert "made_up" in capsys.readouterr().out
     table = blocks.RENDERERS["compare"](result)
-    assert f"| {folders[1]} | {turned['auroc']:.3f} ({turned['difference']['auroc']:+.3f} [" in table and f"| {folders[0]} | {plain['auroc']:.3f} |" in table
+    assert f"| {folders[1]} | {turned['auroc']:.3f} ({turned['difference']['auroc']:+.3f} [" in table and f"| {folders[0]} | {plain['auroc']:.3f} [{plain['low']:.3f}, {plain['high']:.3f}] |" in table
 
 
 def test_the_same_detector_differs_by_nothing(folders, measure, tmp_path):
