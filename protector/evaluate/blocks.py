@@ -218,7 +218,7 @@ def _lookup(result):
 
 def _stream(result):
     rows = [[name, f"{target['value']:.3g}" + (f" (±{50 * target['spread']:.0f} %)" if target.get("spread") is not None else ""),
-             f"at {'least' if target.get('at_least') else 'most'} {target['bound']:,}", ("yes" if target["holds"] else "no") + (", busy" if target.get("busy") else "")]
+             f"at {'least' if target['holds'] == (target['value'] > target['bound']) else 'most'} {target['bound']:,}", ("yes" if target["holds"] else "no") + (", busy" if target.get("busy") else "")]
             for name, target in result["targets"].items()]
     found = result["generation"]
     lag = "" if "view_wait_steps" not in found else (
