@@ -26,7 +26,7 @@ from .augment import dilute as _dilute, disguise
 from .evaluate import record
 from .errors import DataError, ModelError
 from .losses import IGNORE
-from .models import KINDS, ModelConfig, build
+from .models import KINDS, ModelConfig, build, load
 from .options import option
 from .template import Limits, windows
 
@@ -64,7 +64,7 @@ class TrainConfig:
     replies: bool = option(False, "answer the public sets' questions with this project's own accepted answers")
     plain: bool = option(False, "of these answers the plain ones, which all of the corpus's questions have, too")
     grades: bool = option(False, "this project's grades as labels where it graded the public sets' answers (detector)")
-    init: str = option("", "folder of trained weights to start from; of fewer blocks too, the head then starts anew")
+    init: str = option("", "trained folder or adapter GGUF to start from; of a lower rank too, or of fewer blocks: the head then starts anew")
     seed: int = option(0, "of data order and initialisation")
     compile: bool = option(False, "torch.compile the blocks: some minutes before the first step, faster ones then")
     checkpoint_s: float = option(120.0, "seconds between checkpoints")
@@ -423,22 +423,19 @@ def _device(name):
     return torch.device(name)
 
 
-def _start_from(model, folder):
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors, mine = load_file(Path(folder) / "model.safetensors"), model.trained()
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"train: init must be a folder with a whole model.safetensors, got {type(error).__name__} in {folder}. "
-                         "Check the path.") from None
-    deeper = tensors.keys() < mine.keys() and "head.weight" in tensors
-    if not (deeper or tensors.keys() == mine.keys()) or any(value.shape != mine[name].shape for name, value in tensors.items()):
-        raise ModelError(f"train: init must have this model's tensors, got others in {folder}. Use the same rank, and no more blocks.")
+def _start_from(model, path):
+    """Copy trained weights into a new model. What a wider or deeper one has more starts as it would alone: its adapters add nothing at first."""
+    source = load(path, "cpu")
+    tensors, mine, theirs, ours = source.trained(), model.trained(), source.config, model.config
+    deeper = tensors.keys() < mine.keys() and theirs.kind == "detector"
+    if not (deeper or tensors.keys() == mine.keys()) or any(len(value.shape) != mine[name].dim() or any(map(int.__gt__, value.shape, mine[name].shape))
+                                                            for name, value in tensors.items()):
+        raise ModelError(f"train: init must have this model's tensors, got others in {path}. Use the same backbone, and no more blocks or ranks.")
+    rescaled = theirs.alpha / theirs.rank / (ours.alpha / ours.rank) if ours.rank else 1  # an adapter adds alpha / rank B A
     with torch.no_grad():
         for name, value in tensors.items():
-            if not (deeper and name.startswith("head.")):  # the head reads other states now: it starts at zero, as new blocks' adapters do
-                mine[name].copy_(value)
+            if not (deeper and name.startswith("head.")):  # the head reads other states now: it starts at zero
+                mine[name][tuple(map(slice, value.shape))].copy_(value * rescaled if ".lora_B." in name else value)
 
 
 def _checkpoint(out, config, fingerprint, model, optimizer, step, spent_s, tokens):

@@ -14,6 +14,7 @@ import torch
 from conftest import sequences_of
 
 from protector import data, models, train
+from protector.base import WEIGHTS
 from protector.data import Pair, Triple
 from protector.errors import DataError, ModelError
 from protector.losses import IGNORE
@@ -260,14 +261,36 @@ def test_what_a_run_leaves(trained, rows):
 def test_init_goes_on_from_trained_weights(trained, tiny, rows, tmp_path):
     train.train(config_of(tiny, rows, tmp_path, init=str(trained[0]), epochs=0.5, lr=1e-6), progress=False)
     assert losses(tmp_path)[0] < 0.3 * math.log(2)
-    for folder, message in ((tmp_path / "none", f"train: init must be a folder with a whole model.safetensors, got FileNotFoundError in "
-                             f"{tmp_path / 'none'}. Check the path."),):
+    for init, changed, message in (
+            (tmp_path / "none", {}, f"load: {tmp_path / 'none'} must hold protector.json and a whole model.safetensors, got FileNotFoundError: "),
+            (trained[0], {"depth": 2}, f"train: init must have this model's tensors, got others in {trained[0]}. Use the same backbone, and no more blocks or ranks."),
+            (trained[0], {"rank": 2}, f"train: init must have this model's tensors, got others in {trained[0]}. "),
+            (trained[0], {"rank": 0}, f"train: init must have this model's tensors, got others in {trained[0]}. ")):
         with pytest.raises(ModelError) as error:
-            train.train(config_of(tiny, rows, tmp_path, init=str(folder)), progress=False)
-        assert str(error.value) == message
-    with pytest.raises(ModelError) as error:
-        train.train(config_of(tiny, rows, tmp_path, init=str(trained[0]), depth=2), progress=False)
-    assert str(error.value) == f"train: init must have this model's tensors, got others in {trained[0]}. Use the same rank, and no more blocks."
+            train.train(config_of(tiny, rows, tmp_path / "bad", init=str(init), **changed), progress=False)
+        assert str(error.value).startswith(message)
+
+
+def test_a_wider_adapter_starts_as_the_narrower_one(trained, tiny, rows, tmp_path):
+    rank = models.load(trained[0], "cpu").config.rank
+    wide = train.train(config_of(tiny, rows, tmp_path, init=str(trained[0]), rank=3 * rank, alpha=7.0, epochs=0.5, lr=1e-9), progress=False)
+    sequences = sequences_of(wide, [("Question 1?", GOOD), ("", BAD)])
+    assert np.allclose(wide.logits(sequences), models.load(trained[0], "cpu").logits(sequences), atol=1e-4)
+    added = {name: value[rank:] for name, value in wide.trained().items() if ".lora_A." in name}
+    assert added and all(value.abs().max() > 0 for value in added.values())  # or they would never learn
+
+
+@pytest.mark.parametrize("kind", ("detector", "detoxifier"))
+def test_init_goes_on_from_the_shipped_adapter(kind, tmp_path):
+    shipped = models.load(WEIGHTS / f"{kind}.gguf", "cpu")
+    data_path = tmp_path / "rows.jsonl"
+    data_path.write_text('{"question": "Hi?", "answer": "Fine.", "label": 0}\n' if kind == "detector" else
+                         '{"question": "Hi?", "accepted": "Fine.", "rejected": "Idiot."}\n')
+    config = train.TrainConfig(kind, data=(str(data_path),), out=str(tmp_path / "out"), depth=15 if kind == "detector" else 0,
+                               init=str(WEIGHTS / f"{kind}.gguf"), lr=1e-9)
+    model, wanted = train.train(config, progress=False), shipped.trained()
+    assert model.trained().keys() == wanted.keys()
+    assert all(torch.allclose(value, wanted[name], atol=1e-6) for name, value in model.trained().items())
 
 
 def test_a_deeper_detector_starts_from_a_shallower_one(tiny, rows, tmp_path):
