@@ -52,6 +52,7 @@ class BenchConfig:
     sweep: bool = option(False, "depths, quantisations, LoRA merged or not, and threads, in place of the comparison")
     quick: bool = option(False, "see whether it works; its numbers mean nothing")
     rounds: int = option(9, "measurements of each number")
+    trainings: int = option(5, "of the training speeds, which take minutes each")
     threads: int = option(0, "CPU threads; 0 = all cores")
     detector: str = option("", "adapter GGUF; the shipped one if empty")
     detoxifier: str = option("", "adapter GGUF; the shipped one if empty")
@@ -85,11 +86,13 @@ def run(config):
     Returns:
         dict of kind "bench" or "bench_sweep".
     Raises:
-        ValueError: fewer than 2 rounds.
+        ValueError: fewer than 2 rounds or trainings.
     """
-    if config.rounds < 2:
-        raise ValueError(f"bench: rounds must be at least 2, got {config.rounds}. One number has no spread.")
-    sizes, rounds, threads = QUICK if config.quick else Sizes(), 2 if config.quick else config.rounds, config.threads or cpu_threads()
+    for name in ("rounds", "trainings"):
+        if getattr(config, name) < 2:
+            raise ValueError(f"bench: {name} must be at least 2, got {getattr(config, name)}. One number has no spread.")
+    sizes, rounds = (QUICK, 2) if config.quick else (Sizes(trainings=config.trainings), config.rounds)
+    threads = config.threads or cpu_threads()
     meanwhile = watched()
     result = (sweep if config.sweep else measure)(config, sizes, rounds, threads)
     result = {**result, "quick": config.quick, "threads": threads, **meanwhile(), "busy_bound": BUSY, "busy": busy(result),

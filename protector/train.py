@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from . import data
 from .augment import dilute as _dilute, disguise
+from .base import WEIGHTS
 from .evaluate import record
 from .errors import DataError, ModelError
 from .losses import IGNORE
@@ -64,7 +65,7 @@ class TrainConfig:
     replies: bool = option(False, "answer the public sets' questions with this project's own accepted answers")
     plain: bool = option(False, "of these answers the plain ones, which all of the corpus's questions have, too")
     grades: bool = option(False, "this project's grades as labels where it graded the public sets' answers (detector)")
-    init: str = option("", "trained folder or adapter GGUF to start from; of a lower rank too, or of fewer blocks: the head then starts anew")
+    init: str = option("", "what to start from: a trained folder, an adapter GGUF, or shipped; of a lower rank too, or of fewer blocks: the head then starts anew")
     seed: int = option(0, "of data order and initialisation")
     compile: bool = option(False, "torch.compile the blocks: some minutes before the first step, faster ones then")
     checkpoint_s: float = option(120.0, "seconds between checkpoints")
@@ -425,7 +426,7 @@ def _device(name):
 
 def _start_from(model, path):
     """Copy trained weights into a new model. What a wider or deeper one has more starts as it would alone: its adapters add nothing at first."""
-    source = load(path, "cpu")
+    source = load(WEIGHTS / f"{model.config.kind}.gguf" if path == "shipped" else path, "cpu")
     tensors, mine, theirs, ours = source.trained(), model.trained(), source.config, model.config
     deeper = tensors.keys() < mine.keys() and theirs.kind == "detector"
     if not (deeper or tensors.keys() == mine.keys()) or any(len(value.shape) != mine[name].dim() or any(map(int.__gt__, value.shape, mine[name].shape))

@@ -49,8 +49,9 @@ def test_a_ratio_survives_a_machine_that_slows_down():
 
 
 def test_one_round_is_refused():
-    with pytest.raises(ValueError, match=r"^bench: rounds must be at least 2, got 1\. One number has no spread\.$"):
-        bench.run(BenchConfig(rounds=1))
+    for name in ("rounds", "trainings"):
+        with pytest.raises(ValueError, match=rf"^bench: {name} must be at least 2, got 1\. One number has no spread\.$"):
+            bench.run(BenchConfig(**{name: 1}))
 
 
 def test_bare_writes_what_the_detoxifier_writes(detoxifier_gguf, tiny):

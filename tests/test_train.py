@@ -287,7 +287,7 @@ def test_init_goes_on_from_the_shipped_adapter(kind, tmp_path):
     data_path.write_text('{"question": "Hi?", "answer": "Fine.", "label": 0}\n' if kind == "detector" else
                          '{"question": "Hi?", "accepted": "Fine.", "rejected": "Idiot."}\n')
     config = train.TrainConfig(kind, data=(str(data_path),), out=str(tmp_path / "out"), depth=15 if kind == "detector" else 0,
-                               init=str(WEIGHTS / f"{kind}.gguf"), lr=1e-9)
+                               init="shipped" if kind == "detector" else str(WEIGHTS / "detoxifier.gguf"), lr=1e-9)
     model, wanted = train.train(config, progress=False), shipped.trained()
     assert model.trained().keys() == wanted.keys()
     assert all(torch.allclose(value, wanted[name], atol=1e-6) for name, value in model.trained().items())
