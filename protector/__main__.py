@@ -33,7 +33,7 @@ class ExportConfig:
     model: str = option("runs/detector", "folder that `protector train` wrote, or an adapter GGUF of the default base")
     out: str = option("runs/detector.gguf", "file to write; a folder for hf")
     format: str = option("adapter", "adapter (a few MB, runs on the base), merged (a whole model) or hf (for transformers and vLLM)")
-    quantisation: str = option("Q8_0", "of a merged file: F32, F16, Q8_0, Q4_0")
+    quantisation: str = option("Q8_0", "of a merged file: F32, F16, BF16, Q8_0, Q4_0")
     base: str = option("", "base GGUF; the default base if empty")
     temperature: float = option(1.0, "divide a detector's logits by this; see `protector temperature`")
 

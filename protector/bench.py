@@ -74,7 +74,7 @@ class Sizes:
     copy_bytes: int = 256 << 20  # more than any cache
     compiled: bool = True
     depths: tuple = (12, 15, 18, 24, 30)
-    quantisations: tuple = ("F16", "Q8_0", "Q4_0", gguf.AS_BASE)
+    quantisations: tuple = ("F16", "BF16", "Q8_0", "Q4_0", gguf.AS_BASE)
 
 
 QUICK = Sizes((32,), 4, 12, 1, 1, 1, 1, 256, 128, 1 << 20, False, (2,), ("Q8_0",))

@@ -37,7 +37,7 @@ from .template import TEMPLATE_ID, Limits
 
 FORMAT_VERSION = 1
 AS_BASE = "base"  # the quantisation that the base file has
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers (enum llama_ftype)
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers (enum llama_ftype)
 MAX_ENTRIES, MAX_TENSORS = 2_000_000, 20_000  # of all arrays of a file, most of them a vocabulary's; of a model's tensors
 OUTPUT, IDENTITY_OUTPUT = "output.weight", "output.identity"
 _PREFIX = "protector."

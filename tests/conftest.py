@@ -57,7 +57,7 @@ def read_gguf(path):
         name = take(_STRING)
         tensors[name] = (tuple(take(10) for _ in range(take(4)))[::-1], take(4), take(10))  # the last dimension stands first
     start = -(-at // 32) * 32
-    block = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 8: (32, 34), 14: (256, 210)}  # values, bytes of F32, F16, Q4_0, Q4_1, Q8_0, Q6_K
+    block = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 8: (32, 34), 14: (256, 210), 30: (1, 2)}  # values, bytes of F32, F16, Q4_0, Q4_1, Q8_0, Q6_K, BF16
     for name, (shape, kind, offset) in tensors.items():
         values, size = block[kind]
         tensors[name] = (shape, kind, data[start + offset:start + offset + int(np.prod(shape)) // values * size])

@@ -225,7 +225,7 @@ def test_a_cut_base_is_the_first_blocks(tiny, cache):
     assert runnable_base(tiny.gguf, BLOCKS, "base") == tiny.gguf  # nothing to do, no second copy
 
 
-@pytest.mark.parametrize("quantisation, kind", [("F16", 1), ("Q8_0", 8), ("Q4_0", 2)])
+@pytest.mark.parametrize("quantisation, kind", [("F16", 1), ("BF16", 30), ("Q8_0", 8), ("Q4_0", 2)])
 def test_quantised_bases(tiny, quantisation, kind):
     fields, tensors = read_gguf(runnable_base(tiny.gguf, BLOCKS, quantisation))
     assert tensors["blk.1.ffn_up.weight"][1] == kind and tensors["output_norm.weight"][1] == 0
@@ -237,7 +237,7 @@ def test_quantised_bases(tiny, quantisation, kind):
 def test_wrong_calls(tiny, torch_detector, tmp_path):
     with pytest.raises(ValueError) as error:
         runnable_base(tiny.gguf, 2, "Q3")
-    assert str(error.value) == "runnable_base: quantisation must be one of F32, F16, Q4_0, Q8_0 or base, got Q3."
+    assert str(error.value) == "runnable_base: quantisation must be one of F32, F16, BF16, Q4_0, Q8_0 or base, got Q3."
     for depth in (0, BLOCKS + 1):
         with pytest.raises(ModelError) as error:
             runnable_base(tiny.gguf, depth, "base")
@@ -249,7 +249,7 @@ def test_wrong_calls(tiny, torch_detector, tmp_path):
     assert str(error.value) == f"runnable_base: {adapter} must be a model with a number of blocks, got none. Pass a base model."
     with pytest.raises(ValueError) as error:
         export_merged(torch_detector, tmp_path / "m.gguf", "Q3", tiny.gguf)
-    assert str(error.value) == "export_merged: quantisation must be one of F32, F16, Q4_0, Q8_0, got Q3."
+    assert str(error.value) == "export_merged: quantisation must be one of F32, F16, BF16, Q4_0, Q8_0, got Q3."
     full = build(ModelConfig("detector", tiny.folder, rank=0, depth=1))
     with pytest.raises(ModelError) as error:
         export_adapter(full, tmp_path / "a.gguf", tiny.gguf)

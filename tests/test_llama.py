@@ -84,7 +84,7 @@ def test_a_cut_detector_scores_as_pytorch(tiny, tmp_path, sequences, depth):
     assert detector.metadata.depth == depth
 
 
-@pytest.mark.parametrize("quantisation, tolerance", [("F16", 2 * F16_CACHE), ("Q8_0", 0.1), ("Q4_0", 1.2)])
+@pytest.mark.parametrize("quantisation, tolerance", [("F16", 2 * F16_CACHE), ("BF16", 0.1), ("Q8_0", 0.1), ("Q4_0", 1.2)])
 def test_m63_a_merged_detector_scores_as_pytorch(torch_detector, tiny, tmp_path, sequences, expected, quantisation, tolerance):
     path = tmp_path / "merged.gguf"
     export_merged(torch_detector, path, quantisation, tiny.gguf, canaries_of(torch_detector))
@@ -813,7 +813,7 @@ def test_m55_an_adapter_of_other_sizes_is_an_error(detector_gguf, tiny, tmp_path
 def test_an_unknown_quantisation(detector_gguf, tiny):
     with pytest.raises(ValueError) as error:
         LlamaDetector(detector_gguf, base=tiny.gguf, quantisation="Q3")
-    assert str(error.value) == "runnable_detector: quantisation must be one of F32, F16, Q4_0, Q8_0, got Q3."
+    assert str(error.value) == "runnable_detector: quantisation must be one of F32, F16, BF16, Q4_0, Q8_0, got Q3."
 
 
 def test_limits_travel_with_the_model(tiny, tmp_path):

@@ -17,7 +17,7 @@ class ParityConfig:
     data: str = field(default="own", metadata={"help": "labelled answers to score"})
     detector: str = field(default="", metadata={"help": "adapter GGUF; the shipped one if empty"})
     rows: int = field(default=200, metadata={"help": "rows to score, spread over the file"})
-    quantisations: tuple[str, ...] = field(default=("F16", "Q8_0", "Q4_0", "base"), metadata={"help": "of the detector's base"})
+    quantisations: tuple[str, ...] = field(default=("F16", "BF16", "Q8_0", "Q4_0", "base"), metadata={"help": "of the detector's base"})
     results: str = field(default="results", metadata={"help": "folder for parity.json"})
 
 
