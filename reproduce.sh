@@ -87,7 +87,7 @@ train() {
     # Sources with few questions or weak labels weigh less; a source that isn't there is ignored.
     [ -f "$RUNS/detector/run.json" ] || { say "train: detector, $MINUTES_DETECTOR minutes"; $PROTECTOR train detector --data "${pairs[@]}" \
         --out "$RUNS/detector" --depth 15 --rank 16 --lr "$lr_detector" --batch-tokens "$batch" --minutes "$MINUTES_DETECTOR" --epochs 4 --answer-only 0.12 --augment 0.12 \
-        --source-weights answers=0 blunt=0 snapshots=0 scenes=0 texts=0 completions=0 pope_captions=3 opera_chair=3 gpt4o_mini_benign=3 diasafety=0.6 hh_rlhf_harmless_test=1.2 ${short[@]+"${short[@]}"} \
+        --source-weights answers=0 blunt=0 snapshots=0 scenes=0 texts=0 completions=0 grey=0 pope_captions=3 opera_chair=3 gpt4o_mini_benign=3 diasafety=0.6 hh_rlhf_harmless_test=1.2 ${short[@]+"${short[@]}"} \
         --loss-weights hh_rlhf_harmless_test=0.6 shadow_alignment=0.6 derta=0.7 "${exclude[@]}"; }
     [ -f "$RUNS/detoxifier/run.json" ] || { say "train: detoxifier, $MINUTES_DETOXIFIER minutes"; $PROTECTOR train detoxifier --data "${triples[@]}" \
         --out "$RUNS/detoxifier" --rank 16 --lr "$lr_detoxifier" --batch-tokens "$batch" --minutes "$MINUTES_DETOXIFIER" --epochs 4 --balance 0.7 --refusal-cap 0.15 --rewrite-tokens 128 \
