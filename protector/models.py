@@ -163,11 +163,6 @@ class _Model(nn.Module):
         """The name of the weights' type, as GGUF files call it."""
         return {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[next(self.parameters()).dtype]
 
-    @property
-    def layers(self):
-        """The backbone's transformer blocks, one after the other."""
-        return next(module for module in self.blocks.modules() if isinstance(module, nn.ModuleList))
-
     def trained(self):
         """{name: tensor} of what training changes."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}

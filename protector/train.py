@@ -274,8 +274,8 @@ def train(config, progress=True):
                               Limits(window=config.window, rewrite_tokens=config.rewrite_tokens))).to(device).train()
     if config.init:
         _start_from(model, config.init)
-    if config.compile:  # one by one: all run the code of the first, which compiles in a fifth of the time that the whole takes
-        for layer in model.layers:
+    if config.compile:  # one by one: the others run what the first was compiled to
+        for layer in model.blocks.layers:
             layer.compile(dynamic=True)
     out = Path(config.out)
     if rank == 0:
@@ -430,14 +430,19 @@ def _start_from(model, path):
     source = load(WEIGHTS / f"{model.config.kind}.gguf" if path == "shipped" else path, "cpu")
     tensors, mine, theirs, ours = source.trained(), model.trained(), source.config, model.config
     deeper = tensors.keys() < mine.keys() and theirs.kind == "detector"
-    if not (deeper or tensors.keys() == mine.keys()) or any(len(value.shape) != mine[name].dim() or any(map(int.__gt__, value.shape, mine[name].shape))
-                                                            for name, value in tensors.items()):
+    if not (deeper or tensors.keys() == mine.keys()) or theirs.rank > ours.rank or any(
+            value.shape != _first_ranks(name, mine[name], theirs.rank).shape for name, value in tensors.items()):
         raise ModelError(f"train: init must have this model's tensors, got others in {path}. Use the same backbone, and no more blocks or ranks.")
     rescaled = theirs.alpha / theirs.rank / (ours.alpha / ours.rank) if ours.rank else 1  # an adapter adds alpha / rank B A
     with torch.no_grad():
         for name, value in tensors.items():
             if not (deeper and name.startswith("head.")):  # the head reads other states now: it starts at zero
-                mine[name][tuple(map(slice, value.shape))].copy_(value * rescaled if ".lora_B." in name else value)
+                _first_ranks(name, mine[name], theirs.rank).copy_(value * rescaled if ".lora_B." in name else value)
+
+
+def _first_ranks(name, tensor, rank):
+    """The part of an adapter's tensor, A (r, in) or B (out, r), that belongs to its first ranks; of another tensor all."""
+    return tensor[:rank] if ".lora_A." in name else tensor[:, :rank] if ".lora_B." in name else tensor
 
 
 def _checkpoint(out, config, fingerprint, model, optimizer, step, spent_s, tokens):
