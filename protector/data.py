@@ -17,7 +17,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import random
 import re
 import zipfile
@@ -26,6 +25,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .base import whole_file
 from .errors import DataError
 
 MAX_TEXT_BYTES = 1 << 20  # a training text above this is a broken row, not an answer
@@ -238,18 +238,15 @@ def write_parts(path, folder, parts, seed=0):
         raise ValueError("write_parts: shares must be positive and sum to 1. Example: train=0.7 test=0.3")
     pairs, triples = read(path)
     rest, left, counts = unique(pairs + pairs_of(triples)), 1.0, {}
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for name, share in parts.items():
         rest, mine = split(rest, min(share / left, 1.0), seed=f"{seed}-{name}")
         left -= share
         counts[name] = len(mine)
-        partial = Path(folder) / f"{name}.jsonl.partial"
-        with open(partial, "w", encoding="utf-8") as file:
+        with whole_file(Path(folder) / f"{name}.jsonl") as partial, open(partial, "w", encoding="utf-8") as file:
             for row in mine:
                 grade = {} if row.grade is None else {"grade": row.grade}
                 file.write(json.dumps({"question": row.question, "answer": row.answer, "label": row.label,
                                        "source": row.source, "weight": row.weight, **grade}) + "\n")
-        os.replace(partial, partial.with_suffix(""))
     return counts
 
 

@@ -12,7 +12,6 @@ run that was interrupted goes on when it is started again with the same settings
 Source: MLLM-Protector, data generation; scenarios after MM-SafetyBench's thirteen.
 """
 import json
-import os
 import random
 import re
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import data
+from .base import whole_file
 from .errors import DataError
 from .evaluate.endpoint import GIVE_UP, Endpoint, EndpointError
 from .evaluate.judge import is_refusal
@@ -236,9 +236,8 @@ def generate(config, chat, progress=True):
         list(workers.map(ask, todo))
     bar.close()
     report = _report(config, chat, done)
-    report_path, partial = Path(config.out + ".report.json"), Path(config.out + ".report.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, report_path)
+    with whole_file(config.out + ".report.json") as partial:
+        Path(partial).write_text(json.dumps(report, indent=1) + "\n")
     if misses >= GIVE_UP:
         raise EndpointError(f"generate: the server must answer, got nothing for {misses} requests in a row. A new start goes on. At the last: {reason}")
     return report
@@ -279,9 +278,8 @@ def _close(path):
             whole = content + b"\n"
         except ValueError:
             pass
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(whole)
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            Path(partial).write_bytes(whole)
 
 
 def _append(path, row):

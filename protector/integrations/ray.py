@@ -11,7 +11,6 @@ its worker each time. ray itself is imported where workers are started: both als
 import json
 import os
 import time
-import uuid
 from collections import Counter, deque
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..base import WEIGHTS, file_sha256
+from ..base import WEIGHTS, file_sha256, whole_file
 from ..errors import DataError, ProtectorError
 from ..guard import Protector
 
@@ -115,9 +114,8 @@ def _target(out, part):
 
 def _write(target, text):
     # A part that is run twice, because its worker died, is written by two processes, of two machines even: each has its own file until it is whole.
-    partial = target.with_suffix(f".{uuid.uuid4().hex}.partial")
-    partial.write_text(text)
-    os.replace(partial, target)
+    with whole_file(target) as partial:
+        Path(partial).write_text(text)
 
 
 def _sha256(model, shipped):
