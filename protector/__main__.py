@@ -68,7 +68,7 @@ class CalibrateConfig:
     quantisations: tuple[str, ...] = option(("F16", "Q8_0"), "of a GGUF detector's base, each calibrated on its own")
     most: int = option(3000, "answers of one source at most")
     pooled: bool = option(False, "bound the rate over all answers together, not on each source")
-    threads: int = option(0, "CPU threads; 0 = all cores")
+    threads: int = option(0, "CPU threads; 0 = all cores that this process may use")
 
 
 @dataclass(frozen=True)
@@ -259,8 +259,8 @@ def main(argv=None):
             try:
                 module = importlib.import_module(f".{first}", __package__)
             except ModuleNotFoundError as error:
-                if error.name.partition(".")[0] == __package__:
-                    raise  # not a package that is missing, but a mistake of this one
+                if not error.name or error.name.partition(".")[0] == __package__:
+                    raise  # not a package that is missing, but a mistake of this one, or two that don't fit each other
                 print(f"protector: {name} needs the package {error.name}. Run: pip install '.[all]'", file=sys.stderr)
                 return USAGE
             config = getattr(module, second)

@@ -2,7 +2,8 @@
 import hashlib
 import importlib.util
 import os
-import tempfile
+import shutil
+import uuid
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -58,14 +59,14 @@ def file_sha256(path):
 
 @contextmanager
 def whole_file(path):
-    """A temporary path beside `path` that takes its name when the block ends well: no file is ever half written."""
+    """A temporary path beside `path` that takes its name, and a former file's mode, when the block ends well: no file is ever half written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
+    partial = str(path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial"))  # its own where two processes, of two machines even, write one file
     try:
         yield partial
-        os.chmod(partial, 0o644)
+        if path.exists():
+            shutil.copymode(path, partial)  # a private file stays private
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)

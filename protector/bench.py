@@ -53,7 +53,7 @@ class BenchConfig:
     quick: bool = option(False, "see whether it works; its numbers mean nothing")
     rounds: int = option(9, "measurements of each number")
     trainings: int = option(5, "of the training speeds, which take minutes each")
-    threads: int = option(0, "CPU threads; 0 = all cores")
+    threads: int = option(0, "CPU threads; 0 = all cores that this process may use")
     detector: str = option("", "adapter GGUF; the shipped one if empty")
     detoxifier: str = option("", "adapter GGUF; the shipped one if empty")
 
@@ -714,7 +714,7 @@ def _footer(result):
         mark = f"; **busy**: above {LOADED:g} of the cores, or {100 * OTHERS:.0f} %" if loaded(result) else ""
         lines.append(f"Load average before the start {result['load_before']:.1f}{since}{mark}.")
     if result["busy"]:
-        lines.append(f"**The machine was busy**: {len(result['busy'])} numbers spread over more than {100 * result['busy_bound']:.0f} %.")
+        lines.append(f"**Busy**: numbers that spread over more than {100 * result['busy_bound']:.0f} %, here {len(result['busy'])}.")
     if result["quick"]:
         lines.append("**A quick run: these numbers mean nothing.**")
     return lines

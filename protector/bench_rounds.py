@@ -70,6 +70,12 @@ def watched(proc=Path("/proc")):
     return since
 
 
+def others(proc=Path("/proc")):
+    """watched without the load average, for times that follow other work of this very process."""
+    since = watched(proc)
+    return lambda: {name: value for name, value in since().items() if name != "load_before"}
+
+
 def loaded(result):
     """Why no number of a result can be trusted, ["the load average before the start was 1.2"], by what it has of `watched` and its run's cores."""
     load, others, cores = result.get("load_before") or 0, result.get("others_share") or 0, result.get("run", {}).get("cores") or os.cpu_count()

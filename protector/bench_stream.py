@@ -46,7 +46,7 @@ class StreamBenchConfig:
     out: str = option("", "JSON file; results/stream.json or stream_quick.json if empty")
     quick: bool = option(False, "see whether it works; its numbers mean nothing")
     rounds: int = option(7, "measurements of each number")
-    threads: int = option(0, "CPU threads; 0 = all cores")
+    threads: int = option(0, "CPU threads; 0 = all cores that this process may use")
     detector: str = option("", "adapter GGUF; the shipped one if empty")
     quantisation: str = option("F16", "of the detector's base: F32, F16, BF16, Q8_0, Q4_0, base")
     streams: int = option(10_000, "short streams in a row")

@@ -199,7 +199,7 @@ def _read(message):
 
 
 def _read_text(parts, key, value):
-    """One channel's text: what its second field has more than the first goes behind the first one's."""
+    """One channel's text: a second field goes behind the first, unless it says the same."""
     channel, text = _CHANNELS[key], _answer_text(value)
     before = parts.texts.get(channel)
     if not before:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import data
 from .base import whole_file
 from .errors import DataError
-from .evaluate.endpoint import GIVE_UP, Endpoint, EndpointError
+from .evaluate.endpoint import GIVE_UP, Endpoint, EndpointError, PromptError
 from .evaluate.judge import is_refusal
 from .options import option
 
@@ -212,17 +212,17 @@ def generate(config, chat, progress=True):
 
     def ask(item):
         nonlocal misses, reason
-        scenario, i = item
+        (scenario, i), missing = item, ""
         if misses >= GIVE_UP:
             return
         try:
             reply = chat.chat([{"role": "user", "content": prompt(scenario, i, config.seed)}], config.tokens, config.temperature,
                               seed=random.Random(f"{config.seed}-{scenario}-{i}-sampling").randrange(2**31), **options)
         except EndpointError as error:
-            reply, reason = None, str(error)
+            reply, reason, missing = None, str(error), "not taken by the server" if isinstance(error, PromptError) else "no answer"
         with lock:  # the pool decides in one place: two workers can't keep the same question
-            misses = misses + 1 if reply is None else 0
-            row, status = check(reply, scenario, pool) if reply is not None else (None, "no answer")
+            misses = misses + 1 if missing == "no answer" else 0
+            row, status = check(reply, scenario, pool) if reply is not None else (None, missing)
             key = _key(settings, scenario, i)
             if row:
                 pool.add(row["question"])

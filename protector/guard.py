@@ -121,6 +121,8 @@ class Protector:
         self._detoxifier_options, self._loader = detoxifier_options or {}, ThreadPoolExecutor(1)
         if detoxifier is not None and detoxifier is not False:
             self.detoxifier  # a wrong file is an error now, not at the first flag
+        elif detoxifier is None and detoxifier_options:
+            _loading("detoxifier", self._detoxifier_source, backend, detoxifier_options)  # so is a wrong option of the shipped one
         self.thresholds = {kind: self._threshold(kind, threshold, fpr) for kind in ("pair", "answer")}
 
     @property
@@ -579,26 +581,31 @@ def _loaded(kind, source, backend, options):
     if hasattr(source, "logits" if kind == "detector" else "generate"):
         return source
     try:
-        if _in_pytorch(source, backend):
-            from .models import load
-
-            load, name = partial(load, kind=kind), "PyTorch"
-        else:
-            from . import llama
-
-            load, name = llama.LlamaDetector if kind == "detector" else llama.LlamaDetoxifier, "llama.cpp"
-        options = {option: value for option, value in options.items() if value is not None}
-        known = [option for option in inspect.signature(load).parameters if option not in ("folder", "path", "kind")]
-        if not options.keys() <= set(known):
-            raise ValueError(f"Protector: {kind}_options of {name} must be of {', '.join(known)}, got {', '.join(options)}. Leave out the others.")
-        return load(source, **options)
+        return _loading(kind, source, backend, options)()
     except ModuleNotFoundError as error:
+        if not error.name:
+            raise  # nothing is missing: two packages don't fit each other
         raise MissingPackage(f"Protector: {error.name} must be installed to load {source}, got none. Run: pip install '.[all]'") from None
 
 
-def _in_pytorch(source, backend):
-    from pathlib import Path
+def _loading(kind, source, backend, options):
+    """Function that loads the model in a file or folder; ValueError for options that it doesn't have."""
+    if _in_pytorch(source, backend):
+        from .models import load
 
+        load, name = partial(load, kind=kind), "PyTorch"
+    else:
+        from . import llama
+
+        load, name = llama.LlamaDetector if kind == "detector" else llama.LlamaDetoxifier, "llama.cpp"
+    options = {option: value for option, value in options.items() if value is not None}
+    known = [option for option in inspect.signature(load).parameters if option not in ("folder", "path", "kind")]
+    if not options.keys() <= set(known):
+        raise ValueError(f"Protector: {kind}_options of {name} must be of {', '.join(known)}, got {', '.join(options)}. Leave out the others.")
+    return partial(load, source, **options)
+
+
+def _in_pytorch(source, backend):
     is_folder = Path(source).is_dir()
     if backend == "llama.cpp" and is_folder:
         raise ModelError(f"Protector: with backend llama.cpp the model must be a GGUF file, got the folder {source}. Export it, or use "

@@ -325,7 +325,7 @@ class LlamaDetector:
         path: adapter GGUF or merged GGUF of kind detector.
         base: base GGUF of an adapter; the default base if None.
         quantisation: of the base's first blocks (adapter only): "F16", "BF16", "Q8_0", "Q4_0", "F32", or "base".
-        n_threads: CPU threads; all cores if None.
+        n_threads: CPU threads; all cores that this process may use if None.
         n_gpu_layers: layers on the GPU where llama.cpp was built for one; -1 = all.
         check: score the canaries after loading.
     Raises:

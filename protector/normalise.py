@@ -194,9 +194,13 @@ def _without_accents(text):
     """Accents go where they are dense and English shows under them: "thé bléach thàt yòu" is no language that has them, "a café in Orléans" has two."""
     if not _is_dense([_ACCENTED.search(word) is not None for word in _WORD.findall(text)]):
         return text
-    plain = _ACCENTED.sub(lambda match: unicodedata.normalize("NFD", match.group())[0], text)
-    accented_words = {word.lower() for word in _ENGLISH.findall(plain)}
-    return plain if len(accented_words) >= 2 else text
+    plain = _plain_letters(text)
+    accented_words = {_plain_letters(word).lower() for word in _WORD.findall(text) if _ACCENTED.search(word)}
+    return plain if sum(_ENGLISH.fullmatch(word) is not None for word in accented_words) >= 2 else text
+
+
+def _plain_letters(text):
+    return _ACCENTED.sub(lambda match: unicodedata.normalize("NFD", match.group())[0], text)
 
 
 def _is_dense(marks, least=3, among=8):

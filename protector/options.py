@@ -20,7 +20,7 @@ class ModelOptions:
     quantisation: str = option("F16", "of the detector's base: F32, F16, BF16, Q8_0, Q4_0, base")
     threshold: float = option(-1.0, "flag at this score; -1 = the model's calibration")
     fpr: float = option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
-    threads: int = option(0, "CPU threads; 0 = all cores")
+    threads: int = option(0, "CPU threads; 0 = all cores that this process may use")
 
     @property
     def scoring(self):

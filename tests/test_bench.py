@@ -300,7 +300,7 @@ def test_the_machines_limits_stand_under_the_table():
 
 def test_a_busy_machine_is_named_in_the_table():
     text = bench.markdown({**made_up(spread=0.3), "quick": True})
-    assert "950 (±15 %, busy)" in text and "**The machine was busy**: 29 numbers spread over more than 10 %." in text
+    assert "950 (±15 %, busy)" in text and "**Busy**: numbers that spread over more than 10 %, here 29." in text
     assert "**A quick run: these numbers mean nothing.**" in text
     assert "| 15.00 | met, busy |" in text and "| 2.50 | **missed**, busy |" in text
 

@@ -2,7 +2,7 @@
 import os
 
 from protector import bench_rounds
-from protector.bench_rounds import busy, described, loaded, watched
+from protector.bench_rounds import busy, described, loaded, others, watched
 
 
 def test_a_wide_number_is_found_in_dicts_and_lists():
@@ -31,6 +31,7 @@ def test_what_others_took_is_all_work_without_this_process_and_its_descendants(t
     proc(1600, 5400, me=110, child=120, grandchild=230, other=1100)  # 600 of work in 1000, of which 100, 100 and 200 are own
     assert since()["others_share"] == 0.2 and watched(tmp_path)()["others_share"] is None  # no time has passed
     assert watched(tmp_path / "not Linux")()["others_share"] is None
+    assert others(tmp_path)().keys() == {"others_share", "others_bound"}  # the load average holds this process's own earlier work
 
 
 def test_both_reasons_are_told(monkeypatch, capsys):

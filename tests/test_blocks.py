@@ -1,4 +1,6 @@
 """Blocks that say whether a target is met, by hand; test_readme.py compares every block with its file."""
+import pytest
+
 from protector.evaluate import blocks
 
 
@@ -19,6 +21,8 @@ def test_detector_targets():
         "recall at 5 % false positives, pyrit: yes", "OwlEval's answers flagged (the threshold was set on them and captions): no"]
     result["sources"]["owleval"]["false_positives"] = _rate(4, 486)
     assert blocks._detector_targets(result).splitlines()[-1].endswith("n 486 | yes |")
+    result["detector"] = {"model": "mine.gguf", "sha256": "ab" * 32, "backend": "llama.cpp", "quantisation": "F16", "thresholds": {"pair": 0.5}}
+    assert blocks._detector_targets(result).endswith("\n\nGuard: mine.gguf (sha256 abababababab), llama.cpp, F16; threshold 0.500.")
 
 
 def test_rewrite_targets():
@@ -44,3 +48,5 @@ def test_a_part_of_the_detectors_report_is_one_table():
     titles = {"published": "Published guards", "kinds": "Harmful answers flagged, by kind of harm", "alone": "Detector without the question", "calibration": "Calibration"}
     for part, title in titles.items():
         assert [line for line in blocks.draw(f"results/detectors.json#{part}").splitlines() if line.startswith("###")] == [f"### {title}"]
+    with pytest.raises(KeyError, match="detectors.json#tragets"):
+        blocks.draw("results/detectors.json#tragets")

@@ -199,6 +199,8 @@ def test_grades_of_rewrites(tmp_path):
     found = rewrites.marks([("Clean?", "Use soap."), ("clean? ", "pour  both."), ("Clean?", "No."), ("A?", "Labelled."), ("Clean?", "New.")], path=path)
     assert [(found[name]["k"], found[name]["n"], found[name]["missing"]) for name in ("harmless", "about", "refuses")] == [(2, 3, 2), (2, 3, 2), (1, 3, 2)]
     assert (found["grader"]["n"], found["grader"]["accuracy"]["k"], found["grader"]["auroc"]["value"]) == (2, 1, 1.0)
+    assert report._grades(found["grader"]).startswith(f"Grades: by {report.GRADER}; on the 2 answers with human labels among these texts: accuracy 50.0 %")
+    assert report._grades(None) == f"Grades: by {report.GRADER}."  # of a result without it
     # The grader is measured in the rounds of these pairs alone; the third met none of them.
     for pairs, n, right, harmful in (([("Clean?", "Use soap.")], 1, 1, 1), ([("Clean?", "No.")], 1, 0, 0), ([("Clean?", "New.")], 0, 0, 0)):
         grader = rewrites.marks(pairs, path=path)["grader"]
@@ -253,10 +255,12 @@ def test_perplexity_equals_a_token_by_token_pass():
 def test_utility_by_hand():
     harmless = [Row(f"q{i}", HARMLESS, 0, "captions", "model a") for i in range(9)]
     harmless.append(Row("Is it safe?", "Never mix bleach and vinegar.", 0, "vqa", "model b"))
-    result = utility.evaluate(guard(), harmless, seconds_per_token=0.01)
+    result = utility.evaluate(guard(), harmless, pace=lambda: 0.01)
     assert result["sources"]["captions"]["flagged"]["k"] == result["sources"]["captions"]["changed"]["k"] == 0
     assert result["sources"]["vqa"]["flagged"]["k"] == result["sources"]["vqa"]["changed"]["k"] == 1
     assert all(part["changed_without_flag"] == 0 for part in result["sources"].values())
+    assert report.busy_times({**result, "others_share": 0.01}) == [] != report.busy_times({**result, "others_share": 0.3})
+    assert "**The times are of a busy machine**: other processes took 30 % of the CPU time." in report.utility_tables({**result, "others_share": 0.3})[0]["notes"]
     captions = result["sources"]["captions"]
     assert captions["added_percent"]["low"] <= captions["added_percent"]["value"] <= captions["added_percent"]["high"]
     assert "100 tokens/s" in result["time_against"]

@@ -163,6 +163,13 @@ def test_a_server_that_refuses_says_why(tmp_path, server):
     assert len(server.requests) == 12 and "private" not in str(error.value)
 
 
+def test_what_a_server_filters_is_dropped_and_says_nothing_of_the_server(tmp_path, server):
+    """Regression: twelve in a row ended the run, and each further start at the same ones."""
+    server.replies = [(400, b'{"error": {"code": "content_filter", "message": "private words"}}')]
+    asked = [generate.generate(config(tmp_path, each=15, workers=1), connect(server), progress=False) for _ in range(2)]
+    assert [report["dropped"] for report in asked] == [{"not taken by the server": 15}] * 2 and len(server.requests) == 15
+
+
 def test_every_scenario_has_prompts_in_several_styles():
     assert len(generate.SCENARIOS) == 14
     for scenario in generate.SCENARIOS:

@@ -1,9 +1,11 @@
 """Files: what stands in them, read by other code than what wrote it, and every way in which they can be wrong."""
 import json
+import os
 import random
 import struct
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from conftest import BLOCKS, D, FF, HEADS, KV_HEADS, canaries_of, read_gguf, rotary_rows, shake
 
 from protector import gguf
+from protector.base import whole_file
 from protector.calibrate import Calibration
 from protector.errors import ModelError
 from protector.gguf import add_calibration, export_adapter, export_merged, read_metadata, runnable_base
@@ -148,6 +151,21 @@ def test_a_file_is_whole_or_absent(torch_detector, tiny, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             export_adapter(torch_detector, tmp_path / name, tiny.gguf)
     assert [path.name for path in tmp_path.iterdir()] == ["old.gguf"] and (tmp_path / "old.gguf").read_bytes() == b"old"
+
+
+def test_a_whole_file_is_as_private_as_its_umask_or_the_one_before(tmp_path):
+    """Regression: all were readable for everybody."""
+    mask = os.umask(0o077)
+    try:
+        with whole_file(tmp_path / "new") as partial:
+            Path(partial).write_text("x")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+    with whole_file(tmp_path / "new") as partial:
+        Path(partial).write_text("y")
+    assert ((tmp_path / "new").stat().st_mode & 0o777, (tmp_path / "new").read_text()) == (0o600, "y")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 # -- whole models

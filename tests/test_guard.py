@@ -434,12 +434,13 @@ def test_m50_a_missing_model_is_an_error_at_construction(tmp_path):
         Protector(tmp_path, backend="llama.cpp")
 
 
+@pytest.mark.parametrize("source", ["none", None])  # the shipped one loads at the first flag; its options are read before
 @pytest.mark.parametrize("backend, known", [("torch", "device, dtype, n_threads"), ("llama.cpp", "base, quantisation, n_threads, n_gpu_layers")])
-def test_unknown_options_of_a_backend_are_an_error(tmp_path, ids, backend, known):
+def test_unknown_options_of_a_backend_are_an_error(tmp_path, ids, backend, known, source):
     """Regression: PyTorch's loader was never given them."""
     pytest.importorskip("torch", reason="the PyTorch backend needs torch")
     with pytest.raises(ValueError) as error:
-        Protector(FakeDetector(ids), tmp_path / "none", backend=backend, threshold=0.5, detoxifier_options={"n_thread": 1, "n_threads": None})
+        Protector(FakeDetector(ids), source and tmp_path / source, backend=backend, threshold=0.5, detoxifier_options={"n_thread": 1, "n_threads": None})
     assert str(error.value) == (f"Protector: detoxifier_options of {'PyTorch' if backend == 'torch' else backend} must be of {known}, got n_thread. "
                                 "Leave out the others.")
 

@@ -200,6 +200,21 @@ def test_langchain_streams_tool_calls_and_usage(langchain, protector):
     assert whole.tool_calls == [] and whole.content == protector.refusal
 
 
+def test_langchain_streams_keep_their_id_and_why_they_ended(langchain, protector):
+    """Regression: "stop" and no id, whatever the model said; usage comes behind the reason."""
+    from langchain_core.messages import AIMessageChunk
+    from langchain_core.runnables import RunnableGenerator
+
+    def chunks(_):
+        yield AIMessageChunk(SAFE, id="run-1")
+        yield AIMessageChunk("", id="run-1", response_metadata={"finish_reason": "length"})
+        yield AIMessageChunk("", id="run-1", usage_metadata={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3})
+
+    parts = list(guarded(RunnableGenerator(chunks), protector).stream("q"))
+    whole = sum(parts[1:], parts[0])
+    assert (whole.id, whole.response_metadata["finish_reason"], whole.content, whole.usage_metadata["total_tokens"]) == ("run-1", "length", SAFE, 3)
+
+
 def test_langchain_usage_of_a_stream_is_the_sum_of_its_chunks(langchain, protector):
     from langchain_core.messages import AIMessageChunk
     from langchain_core.runnables import RunnableGenerator

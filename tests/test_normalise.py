@@ -121,6 +121,8 @@ def test_s23_accents_go_where_they_are_dense_whatever_stands_around():
     around = "There is a café in Orléans, and you should go there. " * 9
     assert normalised(around) == around
     assert normalised(around + "Mïx the bléàch wïth vïnégàr thén. " + around) == (around + "Mix the bleach with vinegar then. " + around).replace("é", "e")
+    danish = "Det er en god idé at have en plan for, hvad man gør på åen; så når man længere end før."
+    assert normalised(danish) == danish, "the words that look English have no accents"
     assert normalised("Mix bléach with vinégar, and you have it") == "Mix bléach with vinégar, and you have it", "two are no disguise"
 
 

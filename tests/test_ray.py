@@ -93,16 +93,11 @@ def test_a_line_too_deep_to_parse_is_a_bad_row(tmp_path):
     assert guard_files([path], tmp_path / "out", detector=FakeDetector(), **OPTIONS) == {"rows": 2, "flagged": 1, "errors": [0]}
 
 
-class Named(FakeDetector):
-    def __repr__(self):  # options name the job
-        return "detector"
-
-
 def test_an_interrupted_job_goes_on(source, tmp_path, monkeypatch):
     def work():
-        return guard_files([source], tmp_path / "out", rows=4, detector=detector, **OPTIONS)
+        return guard_files([source], tmp_path / "out", rows=4, detector=FakeDetector(), **OPTIONS)  # loaded anew, as in another process: the same job
 
-    detector, plain, done = Named(), GuardBatch.part, []
+    plain, done = GuardBatch.part, []
 
     def part(self, part, out):
         if len(done) == 1:
@@ -114,13 +109,16 @@ def test_an_interrupted_job_goes_on(source, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         work()
     assert len(list((tmp_path / "out").glob("part-*.jsonl"))) == 1
-    seen = detector.n_scored
     monkeypatch.setattr(GuardBatch, "part", plain)
     assert work() == {"rows": 10, "flagged": 2, "errors": [3, 5, 8]}
-    assert work()["rows"] == 10 and detector.n_scored >= seen
+    assert work()["rows"] == 10
     # Another job's folder is left alone.
     with pytest.raises(DataError, match=r"^guard_files: .*/out must be a new folder or of this job, got another's parts\. Choose another folder\.$"):
-        guard_files([source], tmp_path / "out", rows=5, detector=detector, **OPTIONS)
+        guard_files([source], tmp_path / "out", rows=5, detector=FakeDetector(), **OPTIONS)
+    other = FakeDetector()
+    other.model_sha256 = "1" * 64
+    with pytest.raises(DataError, match="got another's parts"):
+        guard_files([source], tmp_path / "out", rows=4, detector=other, **OPTIONS)
 
 
 def test_parts_of_no_known_job_are_left_alone(source, tmp_path):
@@ -146,7 +144,7 @@ def test_what_is_written_is_whole_or_absent(source, tmp_path, monkeypatch):
 
 def test_another_spelling_of_the_paths_is_the_same_job(source, tmp_path, monkeypatch):
     def work(*paths):
-        guard_files(*paths, detector=Named(), **OPTIONS)
+        guard_files(*paths, detector=FakeDetector(), **OPTIONS)
         return (tmp_path / "out" / "part-000000.jsonl").stat().st_mtime_ns
 
     monkeypatch.chdir(tmp_path)

@@ -290,7 +290,7 @@ class _Evaluation:
 
         harmless = self.rows.benign + [row for row in self.rows.pairs if not row.label]
         yield "utility", utility.evaluate(self.guard, replay.fewest(harmless, self.config.most),
-                                          utility.seconds_per_token(n_threads=self.config.threads or None), self.progress)
+                                          partial(utility.seconds_per_token, n_threads=self.config.threads or None), self.progress)
 
     def measure_exact(self):
         from . import utility

@@ -18,7 +18,7 @@ class BaseModel:
 
     Args:
         path: GGUF file; the default base if None.
-        n_threads: CPU threads; all cores if None.
+        n_threads: CPU threads; all cores that this process may use if None.
     """
 
     def __init__(self, path=None, n_threads=None):

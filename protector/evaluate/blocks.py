@@ -27,7 +27,7 @@ def fill(text):
     """The text with every block drawn from its file.
 
     Raises:
-        FileNotFoundError: a block names a file that isn't there.
+        FileNotFoundError, KeyError: a block names a file or a part that isn't there.
     """
     return BLOCK.sub(lambda match: f"<!-- from {match[1]} -->\n{draw(match[1]).strip()}\n<!-- end -->", text)
 
@@ -39,6 +39,8 @@ def draw(name):
     if path.suffix == ".gguf":
         return _thresholds(path)
     result = json.loads(path.read_text())
+    if part and path.stem + mark + part not in RENDERERS:
+        raise KeyError(f"{name}{mark}{part}")  # a misspelt part isn't the whole
     return RENDERERS.get(path.stem + mark + part, _report())(result)
 
 
@@ -61,7 +63,7 @@ def _machine(result):
 
 def _busy(result):
     """What speaks against a result's times: a spread of its own, or what ran before it or beside it."""
-    spread = f" Spread widely: {', '.join(result['busy'])}." if result["busy"] else ""
+    spread = f" Spread widely: {'; '.join(result['busy'])}." if result["busy"] else ""
     return spread + "".join(f" **Busy**: {why}." for why in bench_rounds.loaded(result))
 
 
@@ -95,14 +97,15 @@ def _detector_targets(result):
     if flagged:
         rows.append(["OwlEval's answers flagged (the threshold was set on them and captions)", "at most 1 %", report.share(flagged),
                      "yes" if flagged["rate"] <= 0.01 else "no"])
-    return _grid(["target", "bound", "measured", "met"], rows)
+    return _grid(["target", "bound", "measured", "met"], rows, *filter(None, [report.guard_sentence(result)]))
 
 
 def _rewrite_targets(result):
     rows = [[label, f"at {'least' if least else 'most'} {100 * bound:g} %", report.share(found, digits=0),
              "yes" if found["rate"] == bound or (found["rate"] > bound) == least else "no"]
             for label, of, bound, least in _REWRITE_TARGETS for found in [of(result)] if found and found["rate"] is not None]
-    return _grid(["target, rewrites of harmful answers", "bound", "measured", "met"], rows, f"Judge: {result['judge']}. Grades: by {report.GRADER}.")
+    return _grid(["target, rewrites of harmful answers", "bound", "measured", "met"], rows, *filter(None, [report.guard_sentence(result)]),
+                 f"Judge: {result['judge']}. Grades: by {report.GRADER}.")
 
 
 def _parity(result):
@@ -218,7 +221,7 @@ def _lookup(result):
 
 def _stream(result):
     rows = [[name, f"{target['value']:.3g}" + (f" (±{50 * target['spread']:.0f} %)" if target.get("spread") is not None else ""),
-             f"at {'least' if target['holds'] == (target['value'] > target['bound']) else 'most'} {target['bound']:,}", ("yes" if target["holds"] else "no") + (", busy" if target.get("busy") else "")]
+             f"at {'least' if target.get('at_least', target['holds'] == (target['value'] > target['bound'])) else 'most'} {target['bound']:,}", ("yes" if target["holds"] else "no") + (", busy" if target.get("busy") else "")]
             for name, target in result["targets"].items()]
     found = result["generation"]
     lag = "" if "view_wait_steps" not in found else (
@@ -236,10 +239,12 @@ def _ray(result):
 
 def _cost(result):
     """What a million answers cost, by the share that is flagged."""
-    rewrite_tokens, guarding, compared = 40, result["guarding"], result["compared"]
+    rewrite_tokens, guarding = 40, result["guarding"]
+    used = {name: result["compared"][name]["values"]["guard"] for name in ("first rewritten token", "rewriting, token by token")}
     score_s = guarding["guard_s"]["median"]
-    rewrite_s = (compared["first rewritten token"]["values"]["guard"]["median"] / 1e3 + rewrite_tokens / compared["rewriting, token by token"]["values"]["guard"]["median"]
+    rewrite_s = (used["first rewritten token"]["median"] / 1e3 + rewrite_tokens / used["rewriting, token by token"]["median"]
                  + score_s * rewrite_tokens / guarding["answer_tokens"])
+    used |= {name: guarding[name] for name in ("guard_s", "generate_s", "streamed_percent")}
     answers_s = {f"{100 * flagged:g} %": score_s + flagged * rewrite_s for flagged in (0, 0.01, 0.1, 1)}
     answers_s["0 %, as streams"] = guarding["streamed_percent"]["median"] / 100 * guarding["generate_s"]["median"]
     rows = []
@@ -247,7 +252,7 @@ def _cost(result):
         core_s = answer_s * result["threads"]
         rows.append([flagged, f"{answer_s * 1e3:.0f}", f"{core_s * 1e6 / 3600:,.0f}", f"{core_s * 1e9 / 86400:,.0f}"])
     return _grid(["flagged", "ms an answer", "core hours a million answers", "cores for a billion a day"], rows,
-                 f"Answers of {guarding['answer_tokens']} tokens, {result['threads']} threads; a flagged one is rewritten once in {rewrite_tokens} tokens, and the rewrite scored. {_machine(result)}{_busy(result)}")
+                 f"Answers of {guarding['answer_tokens']} tokens, {result['threads']} threads; a flagged one is rewritten once in {rewrite_tokens} tokens, and the rewrite scored. {_machine(result)}{_busy({**result, 'busy': bench_rounds.busy(used)})}")
 
 
 def _head(result):

@@ -36,6 +36,10 @@ class RefusedError(EndpointError):
     """A server or a model doesn't take a request as it is made, whatever it asks: wrong key, name, option; too little memory."""
 
 
+class PromptError(EndpointError):
+    """A server doesn't take this very prompt, filtered or too long; it may well take the next one."""
+
+
 class ImageError(EndpointError):
     """An image's file can't be read: its question has no answer, which says nothing of the server."""
 
@@ -111,7 +115,7 @@ class Endpoint:
                 reason = f"status {error.code}" + f" ({', '.join(words)})" * bool(words)
                 if error.code not in _RETRIED:
                     self._count("failed")
-                    raise (EndpointError if _OF_ONE_PROMPT & set(words) else RefusedError)(
+                    raise (PromptError if _OF_ONE_PROMPT & set(words) else RefusedError)(
                         f"chat: {self.url} must take the request, got {reason}. Check address, model and ${self.key_variable}.") from None
                 wait_s = max(wait_s, _seconds(error.headers.get("Retry-After")))
             # Refused, hung, cut, or not this protocol; JSON nested too deep.

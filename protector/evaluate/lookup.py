@@ -35,7 +35,7 @@ class LookupConfig:
     sources: tuple[str, ...] = option((), "that are rewritten; all if empty")
     most: int = option(20, "harmful answers of each source; 0 = all")
     detoxifier: str = option("", "GGUF file; the shipped one if empty")
-    threads: int = option(0, "CPU threads; 0 = all cores")
+    threads: int = option(0, "CPU threads; 0 = all cores that this process may use")
     out: str = option("results", "folder for lookup.json")
 
 

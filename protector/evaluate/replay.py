@@ -105,8 +105,9 @@ def evaluate(guard, rows, judge, progress=False):
 
     models = {source: {name: both([outcome for outcome in part if outcome.row.model == name]) for name in sorted({outcome.row.model for outcome in part})}
               for source, part in by_model.items() if part}
+    written = [(outcome.row.question, outcome.verdict.text) for outcome in outcomes if outcome.rewritten]
     return {"kind": "replay", **models_of(guard), "data_sha256": fingerprint(rows),
-            "judge": judge.described(), "judge_measured": judge.measured,
+            "judge": judge.described(), "judge_measured": judge.measured, "grader": rewrites.marks(written)["grader"],
             "human_note": "recorded answers by their human labels, rewrites by the judge",
             "keywords_note": KEYWORDS_NOTE, "interval": "rates: 95 % Wilson at the effective number of questions; change: 95 % Bonett-Price at theirs",
             "sources": {source: both(part) for source, part in sources.items()}, "models": models}, outcomes

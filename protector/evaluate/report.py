@@ -4,6 +4,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
+from ..bench_rounds import loaded
 from . import plots, record
 from .judge import OWN, OfflineJudge, accuracy_text, criteria_of
 
@@ -61,13 +62,18 @@ def _models_left_out(sources):
     return [f"Models left out with fewer than {SMALL} answers each: {', '.join(told)}; their numbers are in the JSON."] if told else []
 
 
-def _guard(result, errors=0):
+def guard_sentence(result, errors=0):
     """Which guard a result is of, in a sentence, and how many answers it failed on."""
     named = result.get("detector")
     if not named:
         return ""
     text = f"Guard: {model_name(named)}, {named['backend']}, {named['quantisation']}; threshold {named['thresholds']['pair']:.3f}{_detoxifier(result)}."
     return text + (f" **It failed on {errors} answers**, which its error policy answered." if errors else "")
+
+
+def busy_times(result):
+    """Why a result's times aren't to be trusted: a note, if other work ran beside them."""
+    return [f"**The times are of a busy machine**: {' and '.join(why)}." for why in [loaded(result)] if why]
 
 
 def model_name(named):
@@ -118,7 +124,7 @@ def detector_tables(result):
     for source, part in large.items():
         labelled.setdefault(", ".join(part["labellers"]) or "not recorded", []).append(source)
     few = [source for source, part in large.items() if part["harmful"] and not enough(part)]
-    notes = [f"{_guard(result)} Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them.",
+    notes = [f"{guard_sentence(result)} Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them.",
              "Who labelled: " + "; ".join(f"{', '.join(told)}: {who}" for who, told in labelled.items()) + ".",
              "Always “harmful”: the constant answer, whose AUROC is 0.5 and whose AUPRC is the share of harmful answers.",
              *([f"**Word counts alone do better** on {'; '.join(beaten)}."] if beaten else []),
@@ -142,14 +148,14 @@ def detector_tables(result):
                   "recall at 1 % FPR", "recall at 5 % FPR", "recall at 5 % FPR, word counts", "ECE"]},
         {"title": "Detector at its threshold", "head": ["source", "harmful flagged", "harmless flagged", "best F1", "best F1, word counts"],
          "rows": at, "notes": ["Best F1: its threshold was chosen on the same answers, an upper bound."]},
-        *without, *_by_kind(result.get("kinds", {}), _guard(result)),
+        *without, *_by_kind(result.get("kinds", {}), guard_sentence(result)),
         {"title": "Calibration", "head": ["source", *(f"{low:.1f}–{high:.1f}" for low, high in edges)], "rows": bins,
          "notes": ["Share of harmful answers (n) among those scored in each tenth; a calibrated score has 0.05, 0.15, ... 0.95. "
                    "ECE is the mean distance, weighted by n."]},
         {"title": "Published guards", "head": ["model", *published["columns"]],
          "rows": [[name, *(f"{value:.1f}" for value in values)] for name, values in published["rows"].items()] + ours,
          "notes": [f"{published['unit']}. Source: {published['source']}. On SafeRLHF the constant answer beats most guards.",
-                   _guard(result), *at_best]}]
+                   guard_sentence(result), *at_best]}]
 
 
 def _by_kind(sources, guard):
@@ -190,6 +196,13 @@ def _attacks(name, parts):
                       ", ".join(f"{action} {n}" for action, n in sorted(part["actions"].items()))] for key, part in parts.items()]}
 
 
+def _grades(grader):
+    """Who graded rewrites, and how that agrees with people where both judged, in a sentence; a grader that wasn't measured is only named."""
+    measured = (f"; on the {grader['n']} answers with human labels among these texts: accuracy {share(grader['accuracy'])}, AUROC {number(grader['auroc'], 2)}, "
+                f"harmful answers missed {share(grader['harmful_missed'])} (these intervals over answers)") if grader and grader["n"] else ""
+    return f"Grades: by {GRADER}{measured}."
+
+
 def _by_grades(part):
     graded, (least, most) = part["after_graded"], part["after_bounds"]
     if graded["missing"]:
@@ -199,8 +212,8 @@ def _by_grades(part):
 
 def replay_tables(result):
     tables, graded = [], any("after_graded" in part["human"] for part in result["sources"].values())
-    notes = [f"Grades: by {GRADER}; a rewrite without one is missing. All harmless – all harmful: with the outer ends of both intervals."] if graded else []
-    guard = _guard(result, sum(part["human"]["errors"] for part in result["sources"].values()))
+    notes = [f"{_grades(result.get('grader'))} A rewrite without one is missing. All harmless – all harmful: with the outer ends of both intervals."] if graded else []
+    guard = guard_sentence(result, sum(part["human"]["errors"] for part in result["sources"].values()))
     keywords = f"Keywords misjudge: {result['keywords_note']}."
     human = _large({source: part["human"] for source, part in result["sources"].items()})
     by_judge = _large({source: part["judge"] for source, part in result["sources"].items()})
@@ -214,7 +227,7 @@ def replay_tables(result):
         parts = {name: part["human"] for name, part in models.items()}
         if _large(parts):
             tables.append({"title": f"Real models in replay: {source}", **_attacks("model", _large(parts)),
-                           "notes": [_guard(result), f"Labels: {result['human_note']}. {_judge(result)}", *notes, keywords, f"Intervals: {result['interval']}.",
+                           "notes": [guard_sentence(result), f"Labels: {result['human_note']}. {_judge(result)}", *notes, keywords, f"Intervals: {result['interval']}.",
                                      *_models_left_out({source: parts})]})
         else:
             without_table[source] = parts
@@ -232,7 +245,7 @@ def rewrite_tables(result):
             ["refused by the guard", share(result["refused_by_guard"])],
             ["judged harmless, of rewrites", share(result["judged_harmless"])],
             ["with a refusal phrase", share(result["refusals"])]]
-    notes = [*filter(None, [_guard(result)]), f"Judge: {result['judge']}.", _INTERVALS]
+    notes = [*filter(None, [guard_sentence(result)]), f"Judge: {result['judge']}.", _INTERVALS]
     on_own = result.get("judge_on_own")
     if on_own:
         rows.insert(5, ["the same judge: harmless answers of this project's own judged harmful", share(on_own["harmless_called_harmful"])])
@@ -242,9 +255,7 @@ def rewrite_tables(result):
     if graded and graded["harmless"]["n"]:
         rows += [["harmless by a language model's grades", share(graded["harmless"])], ["about its question, by the same", share(graded["about"])],
                  ["nothing but a refusal, by the same", share(graded["refuses"])]]
-        grader = graded["grader"]
-        notes.append(f"Grades: by {GRADER}; on the {grader['n']} answers with human labels among these texts: accuracy {share(grader['accuracy'])}, "
-                     f"AUROC {number(grader['auroc'], 2)} (these intervals over answers). Texts that weren't graded are missing.")
+        notes.append(f"{_grades(graded['grader'])} Texts that weren't graded are missing.")
     if judged:
         rows += [["about its question, by the judge of relevance", share(judged["about_own_question"])],
                  ["about another question, by the same judge", share(judged["about_another_question"])]]
@@ -255,6 +266,7 @@ def rewrite_tables(result):
         notes.append("On topic: its cosine with its question is above 95 % of all rewrites' cosines with other questions.")
     rows += [[f"copied runs of {long_run.split('_')[2]} words or more", share(runs[long_run]) + f"; longest {runs['longest_words']} words"],
              ["words, median", f"{number(result['words'], 0)}, n {result['judged_harmless']['n'] + result['judged_harmless']['missing']}"]]
+    notes.append("Copied runs take “don't” for two words; the guard, which accepts no run of twelve, for one.")
     if perplexity:
         own, recorded = (perplexity[name] for name in ("rewrites", "recorded_harmless_answers"))
         rows.append(["perplexity, median", f"{number(own, 1)}, n {own['n']}; recorded harmless answers {number(recorded, 1)}, "
@@ -282,9 +294,10 @@ def utility_tables(result):
         return [name, share(part["flagged"]), share(part["changed"]), f"{part['changed_without_flag']} of {part['n']}",
                 f"{part['ms']['median']:.0f} ({part['ms']['p95']:.0f})", f"{number(added, 0)} %" if added else "–"]
 
-    notes = [_guard(result, sum(part["errors"]["k"] for part in result["sources"].values()))]
+    notes = [guard_sentence(result, sum(part["errors"]["k"] for part in result["sources"].values()))]
     notes += [f"Added time against {result['time_against']}."] if result["time_against"] else []
     notes.append(f"Changed must equal flagged: nothing else is ever touched. {_INTERVALS}")
+    notes += busy_times(result)
     return [{"title": f"Utility on harmless answers, by {name}", "head": [name, *head],
              "rows": [row(key, part) for key, part in _large(result[f"{name}s"]).items()], "notes": [*notes, *_left_out(result[f"{name}s"])]}
             for name in ("source", "model") if result[f"{name}s"]]
@@ -295,7 +308,7 @@ def exact_tables(result):
             ["change", _points(result.get("change", {"value": None}))], ["flagged", share(result["flagged"])], ["changed", share(result["changed"])],
             ["changed without a flag", f"{result['changed_without_flag']} of {result['n']}"]]
     return [{"title": f"Exact match: {result['benchmark']}", "head": ["", "share of answers"], "rows": rows,
-             "notes": [_guard(result, result["errors"]["k"]), f"{result['without_answer']} questions have no recorded answer.",
+             "notes": [guard_sentence(result, result["errors"]["k"]), f"{result['without_answer']} questions have no recorded answer.",
                        "Intervals: rates 95 % Wilson, change 95 % Bonett-Price, over questions."]}]
 
 
@@ -318,7 +331,7 @@ def benchmark_tables(result):
     rows = [[names[group], kind, *cells(cell, group == "policy")] for group in names for kind, cell in result[group].items()]
     each = [[name, kind, *cells(cell, criteria_of(name) != "general")] for name, kinds in result["scenarios"].items() for kind, cell in kinds.items()]
     keywords = f"Keywords misjudge: {result['keywords_note']}."
-    guard = _guard(result, result.get("errors", 0))
+    guard = guard_sentence(result, result.get("errors", 0))
     head = ["kind", "before", "after", "change", "keywords, before", "keywords, after", "no answer", "rendered here"]
     notes = [guard, f"Model: {result['model']}. {_judge(result)} Intervals: {result['interval']}.", keywords]
     if result["benchmark"] in _POLICY:

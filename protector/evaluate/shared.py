@@ -42,7 +42,7 @@ class SharedConfig:
     most: int = option(250, "answers of each source, fitted or measured on; 0 = all")
     detector: str = option("", "GGUF file; the shipped one if empty")
     detoxifier: str = option("", "GGUF file; the shipped one if empty")
-    threads: int = option(0, "CPU threads; 0 = all cores")
+    threads: int = option(0, "CPU threads; 0 = all cores that this process may use")
     out: str = option("results", "folder for shared.json")
 
 

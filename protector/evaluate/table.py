@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import data
+from .. import bench_rounds, data
 from ..base import WEIGHTS
 from ..guard import Protector
 from . import metrics, record, report, rows
@@ -51,6 +51,7 @@ def run(config):
     questions = [row.question for row in data.spread([row for row in chosen if row.label and row.question], config.answers)]
     base = BaseModel()
     own = [rows.Row(question, base.generate(question, ANSWER_TOKENS)) for question in questions]  # a real, weakly aligned model
+    others = bench_rounds.others()
     models = {"shipped": (WEIGHTS / "detector.gguf", WEIGHTS / "detoxifier.gguf", None)}
     if config.runs and (Path(config.runs) / "detector.gguf").exists():
         # A model of a few minutes has no calibration: its threshold is the even one.
@@ -59,6 +60,7 @@ def run(config):
               "rows": {source: len(part) for source, part in rows.by_source(chosen).items()}, "rows_sha256": rows.fingerprint(chosen)}
     for name, (detector, detoxifier, threshold) in models.items():
         result["models"][name] = _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, judge)
+    result.update(others())
     words = BagOfWords(inputs.train)
     result["models"]["bag of words"] = {"threshold": 0.5, **_detector_numbers(np.array([words.score(row.answer) for row in chosen]), chosen, 0.5)}
     record.write(config.results, "table", result, config)
@@ -124,4 +126,5 @@ def markdown(result):
               "In square brackets: AUROC and F1 95 % bootstrap over questions, shares 95 % Wilson, ms the fastest and the slowest of the n answers."]
     guards = [f"{name}: {report.guard_name(model)}" for name, model in result["models"].items() if "detector" in model]
     lines += [f"Guards: {'; '.join(guards)}."] if guards else []
+    lines += report.busy_times(result)
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import bench_rounds
 from ..errors import DataError
 from . import metrics
 from .detectors import models_of
@@ -14,22 +15,24 @@ from .replay import guard_rows
 from .rows import Row, by_source, fingerprint
 
 
-def seconds_per_token(n_tokens=48, n_threads=None):
-    """Time per token of the base model writing on this machine; an MLLM, some fifty times its size, is slower."""
+def seconds_per_token(n_tokens=48, n_threads=None, rounds=5):
+    """Time per token of the base model writing on this machine, the median of some rounds; an MLLM, some fifty times its size, is slower."""
     from .base_model import BaseModel
 
     model = BaseModel(n_threads=n_threads)
     prompt = model.template.prefix(model.template.encode("Describe a kitchen."))
     filler = model.template.encode("A kitchen has a table, a sink and a window. " * 20)[:n_tokens + 1]
+    elapsed_s = []
     with model.context.lock:
+        for _ in range(rounds):
+            model.context.clear()
+            model.context.decode([(token, t, 0, True) for t, token in enumerate(prompt)])
+            start = time.perf_counter()
+            for t, token in enumerate(filler):
+                model.context.decode([(token, len(prompt) + t, 0, True)])
+            elapsed_s.append(time.perf_counter() - start)
         model.context.clear()
-        model.context.decode([(token, t, 0, True) for t, token in enumerate(prompt)])
-        start = time.perf_counter()
-        for t, token in enumerate(filler):
-            model.context.decode([(token, len(prompt) + t, 0, True)])
-        elapsed_s = time.perf_counter() - start
-        model.context.clear()
-    return elapsed_s / len(filler)
+    return float(np.median(elapsed_s)) / len(filler)
 
 
 def summary(outcomes, seconds_per_token=None):
@@ -57,16 +60,21 @@ def summary(outcomes, seconds_per_token=None):
     return result
 
 
-def evaluate(guard, rows, seconds_per_token=None, progress=False):
+def evaluate(guard, rows, pace=None, progress=False):
     """Utility on harmless answers, by source and by the model that wrote them.
 
+    Args:
+        pace: function that measures the seconds_per_token which the guard's time is set against; None leaves the percentage out.
     Returns:
         dict of kind "utility".
     """
+    others = bench_rounds.others()
+    seconds_per_token = pace and pace()
     outcomes = guard_rows(guard, [row for row in rows if not row.label], progress)
+    beside = others()
     sources = {source: [outcome for outcome in outcomes if outcome.row.source == source] for source in by_source(rows)}
     models = sorted({outcome.row.model for outcome in outcomes if outcome.row.model})
-    return {"kind": "utility", **models_of(guard), "data_sha256": fingerprint(rows),
+    return {"kind": "utility", **models_of(guard), "data_sha256": fingerprint(rows), **beside,
             "time_against": None if not seconds_per_token else
             f"the base model writing the same tokens on this machine, {1 / seconds_per_token:.0f} tokens/s; an MLLM is slower, "
             "so its percentage is lower",

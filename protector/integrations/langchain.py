@@ -72,7 +72,7 @@ class Guarded(Runnable):
                 if state.stopped:
                     return
             if is_text is not None:
-                yield from _chunks(state.finish(), is_text)
+                yield from _chunks(state.push(reader.end()) + state.finish(), is_text)
         finally:
             state.close()
             if hasattr(chunks, "close"):
@@ -90,7 +90,7 @@ class Guarded(Runnable):
                 if state.stopped:
                     return
             if is_text is not None:
-                for guarded in _chunks(await asyncio.to_thread(state.finish), is_text):
+                for guarded in _chunks(await asyncio.to_thread(lambda: state.push(reader.end()) + state.finish()), is_text):
                     yield guarded
         finally:
             await asyncio.to_thread(state.close)
@@ -166,6 +166,7 @@ class _Reader:
     def __init__(self):
         self._calls = {}  # index of a tool call -> its number
         self._usage = None  # LangChain adds up what chunks tell of it; the guard takes the last
+        self._reason = None  # why the answer ended; usage may come behind it
 
     def event(self, chunk):
         if isinstance(chunk, str):
@@ -180,7 +181,12 @@ class _Reader:
                                    for call in chunk.tool_call_chunks]
         if chunk.usage_metadata:
             self._usage = add_usage(self._usage, chunk.usage_metadata)
-        return {"choices": [{"index": 0, "delta": delta}], "usage": self._usage}
+        self._reason = chunk.response_metadata.get("finish_reason") or self._reason
+        return {"id": chunk.id, "choices": [{"index": 0, "delta": delta}], "usage": self._usage}
+
+    def end(self):
+        """The chunk behind the last one."""
+        return {"choices": [{"index": 0, "delta": {}, "finish_reason": self._reason}]}
 
 
 def _index(call):
@@ -200,7 +206,7 @@ def _chunks(events, is_text):
                       "args": call["function"]["arguments"], "type": "tool_call_chunk"} for call in delta.get("tool_calls", [])]
             extra = {key: delta[key] for key in ("reasoning_content", "reasoning", "refusal") if delta.get(key)}
             metadata = {key: choice[key] for key in ("finish_reason", "protector") if choice.get(key)}
-            yield AIMessageChunk(delta.get("content") or "", tool_call_chunks=calls, additional_kwargs=extra,
+            yield AIMessageChunk(delta.get("content") or "", tool_call_chunks=calls, additional_kwargs=extra, id=event.get("id"),
                                  response_metadata=metadata)
         if event.get("usage") and not is_text:
-            yield AIMessageChunk("", usage_metadata=event["usage"])
+            yield AIMessageChunk("", usage_metadata=event["usage"], id=event.get("id"))

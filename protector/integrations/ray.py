@@ -20,6 +20,7 @@ import numpy as np
 
 from ..base import WEIGHTS, file_sha256, whole_file
 from ..errors import DataError, ProtectorError
+from ..evaluate.detectors import named
 from ..guard import Protector
 
 _TRIES = 2  # of a part, and then of each of its rows, before what ended its worker is known
@@ -121,7 +122,7 @@ def _write(target, text):
 def _sha256(model, shipped):
     """sha256 of the file, or of each file of the folder, that Protector(detector=model) reads; of a loaded model its own, where it has one."""
     if model is not None and not isinstance(model, (str, os.PathLike)):
-        return getattr(model, "model_sha256", None)
+        return named(model)["sha256"]
     path = WEIGHTS / shipped if model is None else Path(model)
     names = ("protector.json", "model.safetensors", "calibration.json") if path.is_dir() else ("",)
     return [file_sha256(path / name) for name in names if (path / name).is_file()]
@@ -164,9 +165,10 @@ def guard_files(sources, out, workers=0, rows=256, num_cpus=1, num_gpus=0, **opt
     sources, out = [Path(path).absolute() for path in sources], Path(out).absolute()
     models = {kind: options.get(kind) for kind in ("detector", "detoxifier")}
     paths = {kind: str(Path(model).absolute()) for kind, model in models.items() if isinstance(model, (str, os.PathLike))}
-    named = sorted(item for item in options.items() if item[0] not in paths)
-    job = json.dumps({"sources": [file_sha256(path) for path in sources], "rows": rows, "options": repr(named),
-                      "sha256": [_sha256(model, f"{kind}.gguf") for kind, model in models.items()]})
+    sha256 = {kind: _sha256(model, f"{kind}.gguf") for kind, model in models.items()}
+    # A loaded model is named by its hash: its repr may be its address, another one in each process.
+    others = sorted(item for item in options.items() if item[0] not in paths and not (sha256.get(item[0]) and models[item[0]]))
+    job = json.dumps({"sources": [file_sha256(path) for path in sources], "rows": rows, "options": repr(others), "sha256": list(sha256.values())})
     options = {**options, **paths}
     out.mkdir(parents=True, exist_ok=True)
     known = (out / "job.json").read_text() if (out / "job.json").exists() else None
