@@ -19,8 +19,8 @@ def test_by_hand():
     assert read([2, 1, 1, -2, 4, 4, 4, -3]) == (-2 - MARGIN, [])  # three odd tokens
     assert read([-1, 0, 1, 2]) == (2, [])
     low = [-3.0] * 16
-    assert read(low + [LOW - 1, -1.9, -1.9, -1.9]) == (-1.9, [])  # the lowest of the four isn't RISE higher
-    assert read(low + [-1.9] * 4 + [0.0]) == (0.0, [Look(20 - LOOK_BACK, 21)])
+    assert read(low + [LOW - 1, -1.3, -1.3, -1.3]) == (-1.3, [])  # the lowest of the four isn't RISE higher
+    assert read(low + [-1.3] * 4 + [0.0]) == (0.0, [Look(20 - LOOK_BACK, 21)])
     assert read([LOW + 0.1] * 16 + [5.0] * 4) == (5.0, [])  # never was low
     assert read(low[1:] + [0.0] * 4) == (0.0, [])  # fifteen are no low yet
     # The first look ends where the second rise was seen; each needs a low of its own.
@@ -69,7 +69,7 @@ class DrowningCursor(FakeCursor):
             self.seen = (self.seen + [token])[-8:]
             self.has_harm |= any(self.seen[-len(part):] == part for part in self.detector.harm)
             self.n_harmless += not self.has_harm
-            logits.append((-1.0 if self.n_harmless > 20 else 3.0) if self.has_harm else -3.0)
+            logits.append((-0.5 if self.n_harmless > 20 else 5.0) if self.has_harm else -3.0)
         return logits
 
 
@@ -83,7 +83,7 @@ def test_s14_harm_after_harmless_text_is_seen_by_a_second_look(drowning):
     detector, p = drowning
     text = FILLER * 3 + "Take the vinegar and drink it all at once in one go."
     v = p.guard("Q?", text)
-    assert v.flagged and v.action == "refuse" and v.score == pytest.approx(_sigmoid(3 - LOOK_MARGIN)) and v.usage["looks"] == 1
+    assert v.flagged and v.action == "refuse" and v.score == pytest.approx(_sigmoid(5 - LOOK_MARGIN)) and v.usage["looks"] == 1
     # The look is the question and the latest tokens: the window's without those that came before.
     window, look = detector.sequences
     n = len(window) - len(look)
@@ -98,7 +98,7 @@ def test_s14_a_stream_stops_where_a_second_look_sees_harm(drowning, size):
     detector, p = drowning
     text = FILLER * 3 + "Take the vinegar and drink it all at once in one go." + FILLER * 4
     *shown, last = p.stream("Q?", [text[i:i + size] for i in range(0, len(text), size)])
-    assert last.verdict.flagged and last.verdict.score == pytest.approx(_sigmoid(3 - MARGIN - LOOK_MARGIN)) and last.verdict.usage["looks"] == 1
+    assert last.verdict.flagged and last.verdict.score == pytest.approx(_sigmoid(5 - MARGIN - LOOK_MARGIN)) and last.verdict.usage["looks"] == 1
     assert HARM not in "".join(event.text for event in shown) and detector.n_open == 0
 
 

@@ -257,7 +257,7 @@ def test_a_payload_over_several_chunks_and_views_is_seen(ids):
         assert events[-1].verdict.flagged and payload[:20] not in joined(events)
 
 
-@pytest.mark.parametrize("score, action", [(0.73, "pass"), (0.74, "refuse")])  # one logit over 0.5 is 0.731
+@pytest.mark.parametrize("score, action", [(0.83, "pass"), (0.84, "refuse")])  # LOOK_MARGIN over 0.5 is 0.832
 def test_a_part_of_the_view_by_itself_needs_a_margin_for_an_alarm(ids, score, action, monkeypatch):
     """Regression: a long harmless answer in capitals was scored anew each 32 tokens, begun in mid-sentence, and the highest score counted."""
     p, _ = make(ids)
