@@ -20,7 +20,7 @@ import sys
 import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from ..errors import DataError, MissingPackage, ProtectorError
