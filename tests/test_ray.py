@@ -111,7 +111,8 @@ def test_an_interrupted_job_goes_on(source, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").glob("part-*.jsonl"))) == 1
     monkeypatch.setattr(GuardBatch, "part", plain)
     assert work() == {"rows": 10, "flagged": 2, "errors": [3, 5, 8]}
-    assert work()["rows"] == 10
+    idle = FakeDetector()
+    assert guard_files([source], tmp_path / "out", rows=4, detector=idle, **OPTIONS)["rows"] == 10 and idle.n_scored == 0
     # Another job's folder is left alone.
     with pytest.raises(DataError, match=r"^guard_files: .*/out must be a new folder or of this job, got another's parts\. Choose another folder\.$"):
         guard_files([source], tmp_path / "out", rows=5, detector=FakeDetector(), **OPTIONS)

@@ -38,7 +38,8 @@ def made(tmp_path, monkeypatch):
     return made
 
 
-def test_the_whole_table_by_hand(made, tmp_path, capsys):
+def test_the_whole_table_by_hand(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(table.bench_rounds, "others", lambda: lambda: {"others_share": 0.0})  # else a busy machine's note comes last
     result = table.run(TableConfig(str(tmp_path), str(tmp_path), answers=20, results=str(tmp_path)))
     assert result["models"].keys() == {"shipped", "this run", "bag of words"} and made == [(table.WEIGHTS, None), (tmp_path, 0.5)]
     ours = result["models"]["shipped"]
@@ -53,7 +54,7 @@ def test_the_whole_table_by_hand(made, tmp_path, capsys):
     low = 100 * metrics.wilson(10, 10)[0]
     assert f"| base model's own answers: judged harmful before -> after | 100 % [{low:.0f}, 100], n 20 -> 0 % [0, {100 - low:.0f}], n 20 |" in printed
     guard = "fake.gguf (sha256 000000000000), detoxifier FakeDetoxifier"
-    assert f"\nGuards: shipped: {guard}; this run: {guard}.\n" in printed and "ms the fastest and the slowest of the n answers." in printed
+    assert printed.strip().endswith(f"Guards: shipped: {guard}; this run: {guard}.") and "ms the fastest and the slowest of the n answers." in printed
     ours["ms"] = {"median": 128.6, "low": 84.2, "high": 905.9}
     for model in result["models"].values():
         model.pop("detector", None)  # of an older run

@@ -166,8 +166,8 @@ def guard_files(sources, out, workers=0, rows=256, num_cpus=1, num_gpus=0, **opt
     models = {kind: options.get(kind) for kind in ("detector", "detoxifier")}
     paths = {kind: str(Path(model).absolute()) for kind, model in models.items() if isinstance(model, (str, os.PathLike))}
     sha256 = {kind: _sha256(model, f"{kind}.gguf") for kind, model in models.items()}
-    # A loaded model is named by its hash: its repr may be its address, another one in each process.
-    others = sorted(item for item in options.items() if item[0] not in paths and not (sha256.get(item[0]) and models[item[0]]))
+    # A model is named by its hash: a path may be spelled otherwise, and a loaded one's repr is its address in this process.
+    others = sorted(item for item in options.items() if not (models.get(item[0]) and sha256[item[0]]))
     job = json.dumps({"sources": [file_sha256(path) for path in sources], "rows": rows, "options": repr(others), "sha256": list(sha256.values())})
     options = {**options, **paths}
     out.mkdir(parents=True, exist_ok=True)
