@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -122,7 +122,8 @@ class Protector:
         if detoxifier is not None and detoxifier is not False:
             self.detoxifier  # a wrong file is an error now, not at the first flag
         elif detoxifier is None and detoxifier_options:
-            _loading("detoxifier", self._detoxifier_source, backend, detoxifier_options)  # so is a wrong option of the shipped one
+            with suppress(ModuleNotFoundError):  # a package that only rewrites need is missed at the first flag
+                _loading("detoxifier", self._detoxifier_source, backend, detoxifier_options)  # a wrong option is an error now, too
         self.thresholds = {kind: self._threshold(kind, threshold, fpr) for kind in ("pair", "answer")}
 
     @property

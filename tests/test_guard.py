@@ -434,6 +434,13 @@ def test_m50_a_missing_model_is_an_error_at_construction(tmp_path):
         Protector(tmp_path, backend="llama.cpp")
 
 
+def test_a_package_that_only_rewrites_need_is_missed_at_the_first_flag(ids, monkeypatch):
+    """Regression: a detector of another backend didn't start without llama.cpp, though only the shipped detoxifier's options were to be read."""
+    monkeypatch.setattr(sys.modules["protector.guard"], "_loading", lambda *_: (_ for _ in ()).throw(ModuleNotFoundError("No module", name="llama_cpp")))
+    p = Protector(FakeDetector(ids), threshold=0.5, detoxifier_options={"n_threads": None})
+    assert p.guard(Q, SAFE).action == "pass" and p.guard(Q, HARMFUL).action == "refuse"
+
+
 @pytest.mark.parametrize("source", ["none", None])  # the shipped one loads at the first flag; its options are read before
 @pytest.mark.parametrize("backend, known", [("torch", "device, dtype, n_threads"), ("llama.cpp", "base, quantisation, n_threads, n_gpu_layers")])
 def test_unknown_options_of_a_backend_are_an_error(tmp_path, ids, backend, known, source):
