@@ -36,6 +36,7 @@ class ExportConfig:
     quantisation: str = option("Q8_0", "of a merged file: F32, F16, BF16, Q8_0, Q4_0")
     base: str = option("", "base GGUF; the default base if empty")
     temperature: float = option(1.0, "divide a detector's logits by this; see `protector temperature`")
+    shift: float = option(0.0, "then add this to them")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class AverageConfig:
 
 @dataclass(frozen=True)
 class TemperatureConfig:
-    """The temperature with which a score of 0.8 means about 80 %."""
+    """The temperature and shift with which a score of 0.8 means about 80 %."""
 
     data: str = field(metadata={"help": "labelled answers that weren't trained on"})
     detector: str = option("", "GGUF file; the shipped one if empty")
@@ -102,7 +103,7 @@ def _rows(config):
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("answer"), str) or not isinstance(row.get("question") or "", str):
+        if not isinstance(row, dict) or not isinstance(row.get("answer"), str) or not isinstance(row.get("question"), (str, type(None))):
             raise DataError(f'stdin, row {number}: must be a JSON object with "question" and "answer" strings.')
         rows.append(row)
     return rows
@@ -180,7 +181,7 @@ def run_export(config):
     from . import export
 
     print(json.dumps(export.export(config.model, config.out, config.format, config.quantisation, config.base or None,
-                                   config.temperature)))
+                                   config.temperature, config.shift)))
     return PASS
 
 
@@ -204,7 +205,7 @@ def run_calibrate(config):
 def run_temperature(config):
     from . import export
 
-    print(json.dumps(export.fit_temperature(config)))
+    print(json.dumps(export.fit_platt(config)))
     return PASS
 
 

@@ -110,14 +110,15 @@ def run(config):
 # -- measuring
 
 
-def in_turns(functions, rounds):
+def in_turns(functions, rounds, warms_up=True):
     """{name: what its function returned in each round}; each is called once per round, after one call that warms up.
 
     Args:
         functions: {name: function without arguments}.
+        warms_up: False where each call warms up by itself.
     """
     values, names = {name: [] for name in functions}, list(functions)
-    for function in functions.values():
+    for function in functions.values() if warms_up else ():
         function()
     for turn in range(rounds):
         for i in range(len(names)):
@@ -594,7 +595,8 @@ def _training(depth, plain, folder, sizes, threads, compiles):
         fresh = build(ModelConfig("detector", depth=depth, rank=0)).backbone
         return _trainer_rate(fresh, examples, template, Path(folder), plain, config, sizes.steps + 1, bf16, compiled)
 
-    turns = in_turns({key: partial(speed, *key) for title, column in columns.items() for key in ((title, "guard"), (title, column))}, sizes.trainings)
+    turns = in_turns({key: partial(speed, *key) for title, column in columns.items() for key in ((title, "guard"), (title, column))},
+                     sizes.trainings, warms_up=False)  # the first step of each doesn't count
     missing = {"bare": "llama.cpp doesn't train", **dict.fromkeys(("transformers", "compiled"), "compiled training has its own row, where scoring compiles")}
     return {title: {**compared("tokens/s", {name: turns[title, name] for name in ("guard", column)},
                                {name: why for name, why in missing.items() if name != column}), "steps": sizes.steps} for title, column in columns.items()}

@@ -129,24 +129,33 @@ def find(detector, input_kind, fpr=None):
     return None
 
 
-def fit_temperature(logits, labels, weights=None):
-    """T > 0 that minimises the cross-entropy of sigmoid(logit / T); 1-d search on a log grid, refined once.
+def fit_platt(logits, labels, weights=None):
+    """T > 0 and b that minimise the cross-entropy of sigmoid(logit / T + b): T on a log grid, refined once, the best b of each by bisection.
 
     Args:
-        logits: (n,) float. labels: (n,) 0 or 1. weights: (n,) >= 0, or None for equal ones.
+        logits: (n,) float. labels: (n,) 0 or 1, both among them. weights: (n,) >= 0, or None for equal ones.
     Returns:
-        float
-    Source: Guo et al., On Calibration of Modern Neural Networks, 2017.
+        (T, b)
+    Source: Platt, Probabilistic outputs for support vector machines, 1999; with b = 0 temperature scaling (Guo et al., 2017).
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
+    harmful = np.average(labels, weights=weights)
+
+    def shift(temperature):
+        low, high = -100.0, 100.0  # the mean score grows with b; at the best b it is the share of harmful answers
+        for _ in range(60):
+            middle = (low + high) / 2
+            score = np.average((1 + np.tanh((logits / temperature + middle) / 2)) / 2, weights=weights)
+            low, high = (middle, high) if score < harmful else (low, middle)
+        return middle
 
     def cross_entropy(temperature):
-        z = logits / temperature
+        z = logits / temperature + shift(temperature)
         return np.average(np.logaddexp(0, z) - labels * z, weights=weights)
 
-    grid = np.geomspace(0.05, 20, 200)
-    best = min(grid, key=cross_entropy)
-    return float(min(np.linspace(best / 1.05, best * 1.05, 200), key=cross_entropy))
+    best = min(np.geomspace(0.05, 20, 100), key=cross_entropy)
+    best = float(min(np.linspace(best / 1.07, best * 1.07, 100), key=cross_entropy))
+    return best, shift(best)
 
 
 def as_dicts(entries):

@@ -48,7 +48,9 @@ _DROPPED = frozenset("""
     logprobs prompt_logprobs prompt_token_ids token_ids kv_transfer_params timings stop_reason matched_stop native_finish_reason
     provider citations prompt_filter_results content_filter_results
 """.split())  # known fields that are left out; "other" stands for the rest
-_REPEATS = ("annotations", "provider_specific_fields", "thinking_blocks")  # of other fields' text, or notes on it
+_REPEATS = ("annotations", "provider_specific_fields", "reasoning_details", "thinking_blocks")  # of other fields' text, or notes on it
+_CALL_NOTES = {"provider_specific_fields", "extra_content"}  # signatures that some servers put into a tool call; left out
+_NOTES = {"index", "finish_reason", "logprobs", "content_filter_results", "content_filter_offsets"}  # a chunk of these alone says nothing
 _CALL_TEXTS = (("function", "arguments"), ("custom", "input"))  # kind of a tool call, and its field with text
 _NAME = re.compile(r"[A-Za-z0-9_.:/@+-]{0,96}")  # what a server writes around the choices
 # Names and ids of tool calls, which a model may write. OpenAI takes [A-Za-z0-9_-]{1,64} only, but other servers pass on what MCP
@@ -190,7 +192,7 @@ def _read(message):
         elif key == "tool_calls":
             if not isinstance(value, list) or len(value) > MAX_CALLS:
                 raise _Unreadable
-            parts.calls = [_read_call(call, position) for position, call in enumerate(value)]
+            parts.calls = [_read_call(call, position, parts.dropped) for position, call in enumerate(value)]
         elif key in _REPEATS or key == "function_call" and message.get("tool_calls"):
             parts.dropped.add(key)
         else:
@@ -223,21 +225,34 @@ def _answer_text(value):
     return "".join(part["text"] for part in value)
 
 
-def _read_call(call, position):
-    """A tool call with its known fields only."""
-    if not isinstance(call, dict) or set(call) - {"index", "id", "type", "function", "custom"}:
+def _read_call(call, position, dropped):
+    """A tool call with its known fields only; notes that are left out join `dropped`."""
+    if not isinstance(call, dict) or set(call) - {"index", "id", "type", "function", "custom"} - _CALL_NOTES:
         raise _Unreadable
-    index, body = call.get("index", position), {}
+    index, body = position if call.get("index") is None else call["index"], {}
     if not isinstance(index, int) or call.get("type") not in (None, "", "function", "custom"):
         raise _Unreadable
+    dropped |= _CALL_NOTES & set(call)
     for kind, text_field in _CALL_TEXTS:
         inner = call.get(kind)
         if inner is None:
             continue
-        if not isinstance(inner, dict) or set(inner) - {"name", text_field} or not isinstance(inner.get(text_field) or "", str):
+        if not isinstance(inner, dict) or set(inner) - {"name", text_field} - _CALL_NOTES or not isinstance(inner.get(text_field) or "", str):
             raise _Unreadable
+        dropped |= _CALL_NOTES & set(inner)
         body[kind] = {"name": _call_name(inner.get("name")), text_field: inner.get(text_field) or ""}
-    return {"index": index, "id": _call_name(call.get("id")), "type": call.get("type"), **body}
+    return {"index": index, "id": _call_id(call.get("id")), "type": call.get("type"), **body}
+
+
+def _call_id(value):
+    """An id, or where it is long or holds signs (LiteLLM puts Gemini's signature there) a digest of it: what a client echoes still pairs."""
+    if isinstance(value, str) and not _CALL_NAME.fullmatch(value):
+        return "call_" + _digest(value)
+    return _call_name(value)
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
 def _call_name(value):
@@ -345,7 +360,7 @@ def _envelope(response, request, dropped):
         elif key == "model" and request.model:
             kept[key] = request.model
         elif key == "id" and isinstance(value, str):
-            kept[key] = "chatcmpl-" + hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+            kept[key] = "chatcmpl-" + _digest(value)
         elif value not in (None, "", [], {}):
             dropped.add(_label(key))
     return kept
@@ -448,7 +463,8 @@ def guard_completion(protector, request, response, check=None):
 def _guard_choice(protector, request, choice, position, dropped, check):
     refused = {"role": "assistant", "content": protector.refusal}
     choice = choice if isinstance(choice, dict) else {}
-    index = choice.get("index") if isinstance(choice.get("index"), int) else position
+    index = choice.get("index")
+    index = index if type(index) is int and 0 <= index < request.n else position  # any number has room for a text in its digits
     dropped = dropped | {_label(key) for key, value in choice.items()
                          if key not in ("index", "message", "finish_reason") and value not in (None, "", [], {})}
     try:
@@ -608,7 +624,7 @@ class ChatStream:
             self.dropped |= {_label(key) for key, value in choice.items()
                              if key not in ("index", "delta", "finish_reason") and value not in (None, "", [], {})}
             try:
-                parts = _read(choice.get("delta"))
+                parts = _read({} if "delta" not in choice and not set(choice) - _NOTES else choice.get("delta"))
                 self.dropped |= parts.dropped
                 self.choices[index].take(parts, _finish_reason(choice.get("finish_reason")))
             except _Unreadable:
@@ -803,8 +819,8 @@ class _Choice:
             self.flagged, self.score = self.flagged or flagged, _larger(self.score, score)
             if kept:
                 self.action = _worse(self.action, action)
-                self._delta({"tool_calls": [{key: value for key, value in call.items() if value is not None}
-                                            for call in self.calls.values()]})
+                self._delta({"tool_calls": [{key: value for key, value in {**call, "index": position}.items() if value is not None}
+                                            for position, call in enumerate(self.calls.values())]})
             else:
                 self._replace("content", action, self.protector.refusal)
         self._end(reason)

@@ -1,5 +1,6 @@
 """From a trained folder to a file that guards: canaries, GGUF, calibration; and to checkpoints for other servers."""
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,17 @@ def canaries_of(detector):
             for (q, a, label), score in zip(CANARIES, scores)]
 
 
-def fit_temperature(config):
-    """T for `export --temperature`, fitted on labelled answers that weren't trained on, each source weighing the same.
+MEANT = 0.8  # the score that is to mean its own share of harmful answers where the temperature is given
+
+
+def fit_platt(config):
+    """T and b for `export --temperature --shift`, fitted on labelled answers that weren't trained on, each source weighing the same.
 
     Args:
         config: __main__.TemperatureConfig.
     Returns:
-        dict with the temperature and what it was fitted on.
+        dict with temperature and shift, together; shift_alone, with which a score of 0.8 means 80 % by that fit and the temperature
+        stays as it is; and what they were fitted on.
     """
     from .guard import Protector
 
@@ -45,8 +50,10 @@ def fit_temperature(config):
     guard = Protector(config.detector or None, False, threshold=0.5, on_error="raise", detector_options={"quantisation": "F16"})
     scores = np.array([verdict.score for verdict in guard.guard_batch([(row.question, row.answer) for row in rows])])
     scores = scores.clip(1e-7, 1 - 1e-7)
-    temperature = calibrate.fit_temperature(np.log(scores) - np.log1p(-scores), [row.label for row in rows], weights)
-    return {"temperature": round(temperature, 4), "rows": len(rows), "rows_sha256": data.fingerprint(rows)}
+    temperature, shift = calibrate.fit_platt(np.log(scores) - np.log1p(-scores), [row.label for row in rows], weights)
+    meant = math.log(MEANT) - math.log1p(-MEANT)
+    return {"temperature": round(temperature, 4), "shift": round(shift, 4), "shift_alone": round(meant - (meant - shift) * temperature, 4),
+            "rows": len(rows), "rows_sha256": data.fingerprint(rows)}
 
 
 def average(folders, weights, out):
@@ -77,14 +84,14 @@ def average(folders, weights, out):
     return {"out": str(out), "of": dict(zip(map(str, folders), weights))}
 
 
-def export(model, out, format="adapter", quantisation="Q8_0", base=None, temperature=1.0):
+def export(model, out, format="adapter", quantisation="Q8_0", base=None, temperature=1.0, shift=0.0):
     """Write a trained folder as GGUF, or as a plain Hugging Face checkpoint.
 
     Args:
         model: folder that train.train wrote, or an adapter GGUF of the default base. out: file to write; a folder for "hf".
         format: "adapter", "merged" or "hf".
         quantisation: of a merged file. base: base GGUF; the default base if None.
-        temperature: logits are divided by it; it goes into the head, so every backend has it.
+        temperature, shift: of a detector, logit / temperature + shift; they go into the head, so every backend has them.
     Returns:
         dict of what was written.
     """
@@ -93,11 +100,13 @@ def export(model, out, format="adapter", quantisation="Q8_0", base=None, tempera
     if format not in ("adapter", "merged", "hf"):
         raise ValueError(f"export: format must be adapter, merged or hf, got {format}.")
     trained = models.load(model, device="cpu")
-    if not temperature > 0:
-        raise ValueError(f"export: temperature must be > 0, got {temperature}. Fit one with `protector temperature`.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"export: temperature must be a finite number above 0, got {temperature}. Fit one with `protector temperature`.")
+    if not math.isfinite(shift):
+        raise ValueError(f"export: shift must be a finite number, got {shift}. Fit one with `protector temperature`.")
     if trained.config.kind == "detector":
         trained.head.weight.data /= temperature
-        trained.head.bias.data /= temperature
+        trained.head.bias.data.div_(temperature).add_(shift)
     canaries = canaries_of(trained) if trained.config.kind == "detector" else ()
     if format == "hf":
         return _export_hf(trained, out)

@@ -157,7 +157,7 @@ def read_metadata(path):
                          for c in canaries)
         for entry in calibration:
             Calibration(**entry)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ModelError(f"read_metadata: {path} must have readable limits, canaries and calibration. Export it again.") from None
     merged = not any(tensor.name.endswith((".lora_a", ".lora_b")) for tensor in reader.tensors)
     if not merged:
@@ -180,16 +180,24 @@ def _check_adapter(reader, path):
 
     kinds = {"general.architecture": str, "general.type": str, "adapter.type": str, "adapter.lora.alpha": float}
     keys = {name: field for name, field in reader.fields.items() if not name.startswith(("GGUF.", _PREFIX))}
-    ranks = {}
+    values, ranks = {name: _contents(field) for name, field in keys.items()}, {}
     for tensor in reader.tensors:
         name, _, half = tensor.name.rpartition(".lora_")
         is_matrix = half in ("a", "b") and tensor.data.ndim == 2 and tensor.tensor_type in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
         ranks.setdefault(name, {})[half] = tensor.data.shape["ab".index(half)] if is_matrix else None
-    sound = (keys.keys() == kinds.keys() and all(isinstance(keys[name].contents(), kind) for name, kind in kinds.items())
-             and np.isfinite(keys["adapter.lora.alpha"].contents())
+    sound = (values.keys() == kinds.keys() and all(isinstance(values[name], kind) for name, kind in kinds.items())
+             and np.isfinite(values["adapter.lora.alpha"])
              and all(rank.get("a") and rank.get("a") == rank.get("b") for rank in ranks.values()))
     if not sound:
         raise ModelError(f"read_metadata: {path} must have an adapter's keys and pairs of matrices, got others. Export it again.")
+
+
+def _contents(field):
+    """A key's value; None for a string that isn't UTF-8."""
+    try:
+        return field.contents()
+    except UnicodeDecodeError:
+        return None
 
 
 def _alpha(reader):
@@ -427,8 +435,8 @@ def _merge(reader, halves, alpha):
 def _file_type(reader):
     """Name of the quantisation that a model file says it has."""
     field = reader.fields.get("general.file_type")
-    number = None if field is None else field.contents()
-    return {value: name for name, value in FILE_TYPES.items()}.get(number, f"type {number}")
+    number = None if field is None else _contents(field)
+    return next((name for name, value in FILE_TYPES.items() if value == number), f"type {number}")
 
 
 def _rope_order(weight, n_heads):

@@ -148,6 +148,7 @@ class _Model(nn.Module):
     name = "torch"
     path = None  # folder it was loaded from
     calibration = ()  # calibrate.Calibration as dicts
+    backbone_sha256 = None  # that its folder names; "" where an earlier version wrote it, None for a new model
     metadata = None  # gguf.Metadata of the adapter file it was read from
 
     @property
@@ -167,15 +168,25 @@ class _Model(nn.Module):
         """{name: tensor} of what training changes."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
+    def frozen_sha256(self):
+        """Digest of what training leaves alone, in float32 as it was loaded: with another backbone the scores are others."""
+        digest = hashlib.sha256()
+        for value in self.parameters():
+            if not value.requires_grad:
+                digest.update(str(tuple(value.shape)).encode())
+                digest.update(value.detach().float().cpu().reshape(-1).numpy())
+        return digest.hexdigest()
+
     def save(self, folder):
-        """Write model.safetensors (trained tensors only) and protector.json."""
+        """Write model.safetensors (trained tensors only) and protector.json, with the backbone's digest."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().contiguous().cpu() for name, value in self.trained().items()},
                   folder / "model.safetensors")
-        (folder / "protector.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+        config = {**asdict(self.config), "backbone_sha256": self.backbone_sha256 or self.frozen_sha256()}
+        (folder / "protector.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 class HarmDetector(_Model):
@@ -220,10 +231,11 @@ class HarmDetector(_Model):
 
     @property
     def model_sha256(self):
-        """Digest of the configuration and the trained tensors: calibrations refer to it."""
+        """Digest of the configuration, the backbone and the trained tensors: calibrations refer to it."""
         if self.metadata is not None:
             return self.metadata.model_sha256
-        digest = hashlib.sha256(json.dumps({**asdict(self.config), "backbone": ""}, sort_keys=True).encode())
+        backbone = self.frozen_sha256() if self.backbone_sha256 is None else self.backbone_sha256
+        digest = hashlib.sha256(json.dumps({**asdict(self.config), "backbone": backbone}, sort_keys=True).encode())
         for name, value in sorted(self.trained().items()):
             digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -453,16 +465,21 @@ def _from_folder(folder):
             raise ModelError(f"load: {folder} must have format version {FORMAT_VERSION} and template {TEMPLATE_ID}, got "
                              f"{values.get('format_version')} and {values.get('template')}. Export it again.")
         values["limits"] = Limits(**values["limits"])
+        backbone_sha256 = values.pop("backbone_sha256", "")
         config = ModelConfig(**values)
         model = build(config, local=True)
         tensors = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError, TypeError, KeyError, AttributeError, ValueError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
         raise ModelError(f"load: {folder} must hold protector.json and a whole model.safetensors, got "
                          f"{type(error).__name__}: {error}. Train it again or copy the folder whole.") from None
     wanted = model.trained()
     if wanted.keys() != tensors.keys() or any(wanted[name].shape != tensors[name].shape for name in wanted):
         raise ModelError(f"load: {folder}/model.safetensors must fit its protector.json, got other tensors. "
                          "Copy the folder whole.")
+    if backbone_sha256 and backbone_sha256 != model.frozen_sha256():
+        raise ModelError(f"load: {folder} must run on the backbone that it was trained on, got other weights under {config.backbone}. "
+                         "Restore them, or train it again.")
+    model.backbone_sha256 = backbone_sha256
     if not all(torch.isfinite(value).all() for value in tensors.values()):
         raise ModelError(f"load: {folder}/model.safetensors must be finite, got NaN or Inf. Train it again.")
     with torch.no_grad():

@@ -29,6 +29,7 @@ _INVISIBLE = re.compile(f"[{_UNSEEN}{_BLANKS}]+")
 _IS_BLANK = re.compile(f"[{_BLANKS}]").search
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufff9-\ufffb]+")  # less white space: no script needs these
 _BIDI = re.compile("([\u202a-\u202e\u2066-\u2069\n\r\x85\u2028\u2029])")
+_TURNS = re.compile(r"\u202e|&#(?:0{0,4000}8238|[xX]0{0,4000}202[eE])|%[eE]2%80%[aA][eE]|\\u202[eE]")
 _LINE_ENDS = set("\n\r\x85\u2028\u2029")
 _OPENED_BY = {"\u202c": set("\u202a\u202b\u202d\u202e"), "\u2069": set("\u2066\u2067\u2068")}  # what each end closes
 _MOST_LEVELS = 125  # of embedding; as in Unicode, deeper ones change nothing
@@ -128,6 +129,11 @@ def normalised(text):
     text = _plain_case(text)
     text = _GAP.sub(" ", text)
     return text + "\n" + hidden if hidden else text
+
+
+def turns(text):
+    """Whether an override stands in the text, as it is or encoded: all that follows may be shown from right to left, however long it is."""
+    return bool(_TURNS.search(text))
 
 
 def _without_hidden(text):

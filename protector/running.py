@@ -11,7 +11,7 @@ Each is known at token t, so a stream sees what the whole answer's score sees, a
 its rise over the lowest value so far, as in Page's test.
 
 Source: Page, Continuous Inspection Schemes, Biometrika 1954; the paper reads z_T alone. Sizes were chosen on the self-test and on
-harmless answers (docs/hardening.md), for the shipped detector's logits: behind its temperature, so another one is another reading.
+harmless answers (docs/hardening.md), for the shipped detector's logits: behind its temperature and shift, so others are another reading.
 """
 import math
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from typing import NamedTuple
 PATIENCE = 4  # neighbouring positions that must all be high
 MARGIN = 0.8  # logits by which they must be higher than the last one
 RISE = 1.6  # logits over the lowest mean
-LOW = -1.6  # from which a rise is looked at
+LOW = -1.1  # from which a rise is looked at
 LOOK_BACK = 10  # tokens that a second look begins before its rise was seen
 LOOK_MARGIN = 1.6  # logits that a second look must be higher: what stands in the middle of a harmless answer reads oddly by itself
 _MEAN_TOKENS = 16

@@ -245,7 +245,7 @@ class Server:
         if self.upstream_key:
             sent["authorization"] = f"Bearer {self.upstream_key}"
         elif self.token is None and headers.get("authorization"):
-            sent["authorization"] = headers["authorization"]
+            sent["authorization"] = headers["authorization"].encode("latin-1")  # as it came; httpx takes a str for ASCII
         if request.stream:
             return lambda scope, receive, send: self._stream_chat(request, body, sent, scope, receive, send)
         async with self._upstream(body, sent) as response:

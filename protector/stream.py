@@ -11,7 +11,8 @@ for it: SentencePiece, which puts a mark before every text, has few of them or n
     alarm    if what the last tokens held is over the threshold (running.py): the whole answer's score would be, too;
              or if a part of the normalised view is LOOK_MARGIN over it: by itself it reads oddly, so the whole's may be lower
     release  text whose tokens lie at least `hold` tokens behind the last scored one, while s_t is below the threshold;
-             what looks disguised also waits until a part of the view with it scored below the threshold
+             what looks disguised also waits until a part of the view with it scored below the threshold, and what stands behind
+             an override, which turns around any length of text, until the end
     look     where s_t climbs from a low, the latest tokens are scored a second time without what came before, on a cache of their own
     end      the whole answer's score decides about what is still held back, as in guard()
 
@@ -33,7 +34,7 @@ from functools import partial
 
 from .errors import DeadlineExceeded, ModelError
 from .guard import Verdict, _check_length, _checked, _describe, _finite, _sigmoid, _TooLong, _views
-from .normalise import normalised
+from .normalise import normalised, turns
 from .running import LOOK_BACK, LOOK_MARGIN, Running
 from .template import well_formed
 
@@ -115,6 +116,7 @@ class StreamGuard:
         self._held = deque()  # (text, answer tokens up to its end) that was scored and isn't released yet
         self._n_fed, self._n_looked, self._n_viewed = 0, 0, 0  # characters: scored, looked at for a disguise, and free of an unscored one
         self._tail, self._view_at, self._is_disguised = "", 0, False  # text of the next view; tokens at the last one; since it
+        self._is_turned = False  # behind an override: no part of the view shows what a reader sees
         self._is_suspect = False  # the last part of the view is over the threshold, but not by its margin
         self._step_at = 0  # tokens at the last step's end
         self._ids, self._window_start, self._n_windows = [], 0, 1
@@ -139,8 +141,6 @@ class StreamGuard:
         """Take one chunk; returns the events that it makes due (none while text is held back)."""
         if not isinstance(chunk, str):
             raise TypeError(f"stream: chunk must be a str, got {type(chunk).__name__}.")
-        if not chunk:
-            return []
         return self._step(lambda: self._push(chunk))
 
     def finish(self):
@@ -186,11 +186,14 @@ class StreamGuard:
             self._deadline()
 
     def _push(self, chunk):
-        self._chunks.append(chunk)
+        if chunk:
+            self._chunks.append(chunk)
         if self._unguarded is not None:
             self.released += len(chunk)
-            return [Event(chunk)]
+            return [Event(chunk)] if chunk else []
         self._check()
+        if not chunk:  # a server may send them for ever: the deadline counts
+            return []
         # The whole is not encoded again for each chunk.
         _check_length(chunk, self.protector.max_bytes)
         self._n_bytes += len(chunk.encode("utf-8", "surrogatepass"))
@@ -270,6 +273,7 @@ class StreamGuard:
         for piece, piece_ids in pieces:
             ids += piece_ids
             self._tail += piece
+            self._is_turned = self._is_turned or turns(piece)
             self._n_fed += len(piece)
             n_tokens = len(self._ids) + len(ids)
             self._held.append((piece, n_tokens))
@@ -363,7 +367,7 @@ class StreamGuard:
             self._n_fragments, self._fragment_tokens = self._n_fragments + 1, self._fragment_tokens + usage["tokens"]
             self._is_suspect = self._refuses(score)
             n_kept = min(n_kept, len(text) * VIEW_BACK_TOKENS // max(usage["tokens"], 1))
-        if (at_mark or not self._is_disguised) and not self._is_suspect:
+        if (at_mark or not self._is_disguised) and not self._is_suspect and not self._is_turned:
             self._n_viewed = self._n_fed
         if at_mark:
             self._view_at, self._tail, self._is_disguised = len(self._ids), self._tail[-n_kept:], False

@@ -89,6 +89,9 @@ class Template:
         if self.start is None or self.end is None:
             raise ValueError("Template: tokenizer must have <|im_start|> and <|im_end|>, or a begin and an end token, "
                              "got neither. Choose another backbone.")
+        if {self.start, self.end} & set(tokenizer.encode("<|im_start|><|im_end|>")):
+            raise ValueError("Template: tokenizer must read <|im_start|> in a text as text, got the mark itself, which would let an answer forge a turn. "
+                             "Make its marks special tokens, or choose another backbone.")
         newline = tokenizer.encode("\n")
         self._close = [self.end] + newline  # ends a turn
         self._open = {role: [self.start] + tokenizer.encode(role + "\n") for role in ("user", "assistant", "rewrite")}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from protector import ModelError, Protector
-from protector.calibrate import Calibration, as_dicts, calibrate, find, fit_temperature, most_above, threshold
+from protector.calibrate import Calibration, as_dicts, calibrate, find, fit_platt, most_above, threshold
 
 
 @pytest.mark.parametrize("fpr", [0.001, 0.01, 0.05, 0.3])
@@ -146,22 +146,24 @@ def test_a_calibration_that_flags_nothing_is_an_error(detector, value):
         Protector(detector, False)
 
 
-def test_temperature_is_the_minimum_of_the_cross_entropy():
+@pytest.mark.parametrize("true, shift", [(0.3, 0.0), (1.0, 0.7), (4.0, -2.0)])
+def test_temperature_and_shift_are_the_minimum_of_the_cross_entropy(true, shift):
     rng = np.random.default_rng(1)
-    for true in (0.3, 1.0, 4.0):
-        z = rng.normal(size=2000) * 2
-        labels = rng.random(2000) < 1 / (1 + np.exp(-z))
+    z = rng.normal(size=2000) * 2
+    labels = rng.random(2000) < 1 / (1 + np.exp(-z))
+    logits = (z - shift) * true  # logits / true + shift = z
 
-        def loss(t):
-            return np.mean(np.logaddexp(0, z * true / t) - labels * z * true / t)
+    def loss(parameters):
+        z = logits / parameters[0] + parameters[1]
+        return np.mean(np.logaddexp(0, z) - labels * z)
 
-        best = optimize.minimize_scalar(loss, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-6}).x
-        assert fit_temperature(z * true, labels) == pytest.approx(best, rel=1e-3)
+    best = optimize.minimize(loss, (true, shift), method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12}).x
+    assert fit_platt(logits, labels) == pytest.approx(best, rel=2e-3, abs=2e-3)
 
 
 def test_weights_are_repeats():
     z, labels = np.array([3.0, -1.0, 0.5, -2.0]), np.array([1, 0, 0, 1])
-    assert fit_temperature(z, labels, [2, 1, 1, 1]) == pytest.approx(fit_temperature([3.0, *z], [1, *labels]), rel=1e-9)
+    assert fit_platt(z, labels, [2, 1, 1, 1]) == pytest.approx(fit_platt([3.0, *z], [1, *labels]), rel=1e-9)
 
 
 def test_a_folder_is_calibrated_for_pytorch(torch_detector, tmp_path, capsys, monkeypatch):

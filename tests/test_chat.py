@@ -1,5 +1,6 @@
 """OpenAI's format without HTTP: what is read of a request, and that every text of an answer is scored or left out."""
 import json
+import re
 import time
 
 import pytest
@@ -261,6 +262,46 @@ def test_31_safe_tool_calls_pass(protector):
     call["function"] = {"name": "f", "arguments": '{"x": "caf\\u00e9\n"}'}  # a raw line end in a string
     guard_completion(protector, ChatRequest("q"), completion({"tool_calls": [call]}))
     assert protector.detector.seen[-1] == "x\ncafé\n" and len(protector.detector.seen) == 5
+
+
+def test_31_notes_of_a_tool_call_are_left_out_and_a_signed_id_keeps_its_pair(refuser):
+    """Regression: LiteLLM's answers of Gemini, whose calls carry a signature, were refused."""
+    signed = {"id": "call_1f__thought__" + "QUJD+/" * 40 + "==", "type": "function", "provider_specific_fields": {"thought_signature": "QUJD"},
+              "function": {"name": "weather", "arguments": "{}", "extra_content": {"google": "QUJD"}}}
+    guarded, action = guard_completion(refuser, ChatRequest("q"), completion({"tool_calls": [signed]}))
+    [choice] = guarded["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert action == "pass" and choice["protector"]["dropped"] == ["extra_content", "provider_specific_fields"]
+    assert call == {"id": call["id"], "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    assert re.fullmatch("call_[0-9a-f]{24}", call["id"])
+    stream = ChatStream(refuser, ChatRequest("q"))
+    events = stream.push(chunk({"tool_calls": [{"index": 7, **signed}]})) + stream.push(chunk({}, "tool_calls"))
+    shown = [event["choices"][0]["delta"]["tool_calls"] for event in events if "tool_calls" in event["choices"][0]["delta"]]
+    assert shown == [[{"index": 0, **call}]]  # the same id, and a number of the guard's own
+    unset = {"index": None, "id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    assert guard_completion(refuser, ChatRequest("q"), completion({"tool_calls": [unset]}))[1] == "pass"
+
+
+def test_31_an_index_is_one_of_the_request(protector):
+    """A number of any size has room for a text in its digits."""
+    for index in (10 ** 4000, -1, True, "0"):
+        assert guard_completion(protector, ChatRequest("q"), {"choices": [{"index": index, "message": {"content": SAFE}}]})[0]["choices"][0]["index"] == 0
+
+
+def test_39_reasoning_details_are_left_out(protector):
+    """Regression: refused. They say what stands in reasoning, in the provider's own form."""
+    message = {"content": SAFE, "reasoning": "Hm.", "reasoning_details": [{"type": "reasoning.text", "text": "Hm."}]}
+    guarded, action = guard_completion(protector, ChatRequest("q"), completion(message))
+    assert action == "pass" and guarded["choices"][0]["message"] == {"role": "assistant", "content": SAFE, "reasoning": "Hm."}
+    content, reasoning, last, _ = run(protector, chunk(message), chunk({}, "stop"))
+    assert content == SAFE and last["protector"] == {"action": "pass", "flagged": False, "dropped": ["reasoning_details"]}
+
+
+def test_39_a_chunk_of_notes_alone_is_empty(protector):
+    """Regression: Azure's asynchronous filter sends such chunks, and they ended the answer."""
+    notes = {"id": "", "choices": [{"index": 0, "finish_reason": None, "content_filter_results": {"hate": {"filtered": False}}, "content_filter_offsets": {"start": 4}}]}
+    content, _, last, _ = run(protector, *spoken(SAFE)[:2], notes, *spoken(SAFE)[2:])
+    assert content == SAFE and last["protector"]["action"] == "pass"
 
 
 def test_31_the_names_of_many_tool_calls_are_a_text(refuser):

@@ -41,14 +41,14 @@ def test_hf_detector_scores_the_same_in_plain_transformers(fit, torch_detector, 
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").encode(text, add_special_tokens=False) == torch_detector.template.encode(text)
 
 
-def test_hf_temperature_is_in_the_head(fit, torch_detector, tmp_path):
+def test_hf_temperature_and_shift_are_in_the_head(fit, torch_detector, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
     torch_detector.save(tmp_path / "trained")
-    export.export(tmp_path / "trained", tmp_path / "hf", format="hf", temperature=2.0)
+    export.export(tmp_path / "trained", tmp_path / "hf", format="hf", temperature=2.0, shift=0.5)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
     assert torch.allclose(model.score.weight, torch_detector.head.weight / 2)
-    assert model.config.head_bias == pytest.approx(torch_detector.head.bias.item() / 2)
+    assert model.config.head_bias == pytest.approx(torch_detector.head.bias.item() / 2 + 0.5)
 
 
 def test_hf_detoxifier_is_a_causal_lm_that_writes_the_same(torch_detoxifier, tmp_path):

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import struct
 import time
 from dataclasses import asdict, replace
@@ -327,7 +328,7 @@ WRONG = [
     ({"protector.head.bias": "0"}, "must have protector.head.bias as float, got str. Export it again."),
     ({"protector.limits": "{"}, LISTS), ({"protector.limits": "[]"}, LISTS), ({"protector.limits": '{"window": 1, "overlap": 2}'}, LISTS),
     ({"protector.canaries": "{"}, LISTS), ({"protector.canaries": "[1]"}, LISTS), ({"protector.canaries": '[{"question": "q"}]'}, LISTS),
-    ({"protector.canaries": "7"}, LISTS), ({"protector.calibration": '[{"threshold": 0.5}]'}, LISTS), ({"protector.calibration": "5"}, LISTS),
+    ({"protector.canaries": "7"}, LISTS), ({"protector.canaries": "[" * 100_000}, LISTS), ({"protector.limits": "[" * 100_000}, LISTS), ({"protector.calibration": '[{"threshold": 0.5}]'}, LISTS), ({"protector.calibration": "5"}, LISTS),
 ]
 
 
@@ -445,6 +446,23 @@ def test_m55_a_file_that_claims_more_than_it_holds_is_an_error_at_once(detector_
     with pytest.raises(ModelError, match=rf"^read_metadata: {path} must be a whole GGUF file, got \w+\."):
         read_metadata(path)
     assert time.process_time() - start < 2
+
+
+def test_m55_a_string_that_is_not_utf8_is_an_error(detector_gguf, tmp_path):
+    """Regression: UnicodeDecodeError."""
+    content = detector_gguf.read_bytes()
+    assert content.count(b"adapter") > 2
+    for found in re.finditer(rb"general\.type.{12}(?=adapter)", content, re.DOTALL):
+        (tmp_path / "odd.gguf").write_bytes(content[:found.end()] + b"\xff" + content[found.end() + 1:])
+    with pytest.raises(ModelError, match="must have an adapter's keys"):
+        read_metadata(tmp_path / "odd.gguf")
+
+
+def test_m55_a_merged_file_of_an_odd_type_is_an_error(torch_detector, tiny, tmp_path):
+    """Regression: TypeError, an array is no key."""
+    export_merged(torch_detector, tmp_path / "merged.gguf", "F32", tiny.gguf, canaries_of(torch_detector))
+    with pytest.raises(ModelError):
+        read_metadata(rewrite(tmp_path / "merged.gguf", tmp_path / "odd.gguf", {"general.file_type": [1, 2]}))
 
 
 ADAPTER = "must have an adapter's keys and pairs of matrices, got others. Export it again."

@@ -92,7 +92,8 @@ def test_one_pair_as_arguments_never_waits_for_stdin(call):
     assert code == 0 and json.loads(out)["answer"] == json.loads(out)["text"] == ""
 
 
-@pytest.mark.parametrize("line", ["{", "[" * 100_000, "1" * 5_000, "[]", '"text"', "{}", '{"answer": 3}', '{"answer": null}', '{"answer": "a", "question": 3}'])
+@pytest.mark.parametrize("line", ["{", "[" * 100_000, "1" * 5_000, "[]", '"text"', "{}", '{"answer": 3}', '{"answer": null}', '{"answer": "a", "question": 3}',
+                                  '{"answer": "a", "question": false}', '{"answer": "a", "question": []}'])
 def test_a_malformed_line_is_named_before_anything_is_scored(call, line):
     code, out, err = call(["guard"], lines({"answer": SAFE}) + "\n" + line + "\n")
     assert (code, out) == (2, "") and err == 'protector: stdin, row 3: must be a JSON object with "question" and "answer" strings.\n'

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from conftest import BLOCKS, D, MILD_PAIRS, canaries_of, sequences_of, shake
 from test_gguf import resigned
 
@@ -299,6 +300,23 @@ def test_m50_m65_a_flipped_folder_does_not_guard(fit, torch_detector, tmp_path):
     assert load(tmp_path).config.kind == "detector"  # to be trained on, say
     with pytest.raises(ModelError, match=r"must score its harmful canaries above the harmless ones, got 0\.\d{3}, 0\.\d{3}, .*Train it longer"):
         Protector(tmp_path, False, threshold=0.5)
+
+
+def test_m50_a_folder_on_other_backbone_weights_does_not_load(tiny, tmp_path):
+    """Regression: only the trained tensors were checked, so another backbone of the same shape kept the folder's calibration."""
+    shutil.copytree(tiny.folder, tmp_path / "backbone")
+    build(ModelConfig("detector", str(tmp_path / "backbone"), depth=2, rank=2)).save(tmp_path / "trained")
+    before = load(tmp_path / "trained", "cpu")
+    assert load(tmp_path / "trained", "cpu", dtype=torch.bfloat16).backbone_sha256 == before.backbone_sha256  # compared before the cast
+    tensors = load_file(tmp_path / "backbone" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 0.5
+    save_file(tensors, tmp_path / "backbone" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"trained must run on the backbone that it was trained on, got other weights under .*backbone\. Restore them"):
+        load(tmp_path / "trained", "cpu")
+    config = json.loads((tmp_path / "trained" / "protector.json").read_text())
+    assert config.pop("backbone_sha256")
+    (tmp_path / "trained" / "protector.json").write_text(json.dumps(config))  # as earlier versions wrote it: nothing to compare
+    assert load(tmp_path / "trained", "cpu").model_sha256 != before.model_sha256
 
 
 def test_m50_m65_a_flipped_adapter_does_not_guard_in_pytorch(detector_gguf, tiny, tmp_path, monkeypatch):

@@ -42,6 +42,12 @@ def test_other_columns_and_no_question():
     assert list(result["action"]) == ["pass", "refuse"]
 
 
+def test_a_question_column_of_nulls_alone_is_no_question():
+    """Regression: Ray gives NaN there, and every row was an error."""
+    batch = {"question": np.full(2, np.nan, np.float32), "answer": np.array(["Hello.", HARMFUL], object)}
+    assert list(guard()(batch)["action"]) == ["pass", "refuse"]
+
+
 def test_a_job_that_one_row_could_end_is_refused():
     with pytest.raises(ValueError, match=r"^GuardBatch: on_error must be refuse or pass, got raise\. One row would end the job\.$"):
         guard(on_error="raise")

@@ -19,7 +19,7 @@ def test_by_hand():
     assert read([2, 1, 1, -2, 4, 4, 4, -3]) == (-2 - MARGIN, [])  # three odd tokens
     assert read([-1, 0, 1, 2]) == (2, [])
     low = [-3.0] * 16
-    assert read(low + [LOW - 1, -1.3, -1.3, -1.3]) == (-1.3, [])  # the lowest of the four isn't RISE higher
+    assert read(low + [-3.0 + RISE, 0, 0, 0]) == (0, [])  # the lowest of the four isn't RISE higher
     assert read(low + [-1.3] * 4 + [0.0]) == (0.0, [Look(20 - LOOK_BACK, 21)])
     assert read([LOW + 0.1] * 16 + [5.0] * 4) == (5.0, [])  # never was low
     assert read(low[1:] + [0.0] * 4) == (0.0, [])  # fifteen are no low yet

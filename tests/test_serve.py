@@ -712,6 +712,9 @@ def test_upstream_key(proxy):
     sent = proxy.upstream.requests[0][0]
     assert sent[b"authorization"] in (b"Bearer upstream-key", b"Bearer clients-own") and b"cookie" not in sent
     assert (proxy.server.upstream_key is None) == (sent[b"authorization"] == b"Bearer clients-own")
+    proxy.upstream.json(completion(SAFE))
+    assert proxy.client.post("/v1/chat/completions", json=CHAT, headers={"authorization": b"Bearer \xe9"}).status_code == 200  # regression: 503
+    assert proxy.upstream.requests[1][0][b"authorization"] in (b"Bearer upstream-key", b"Bearer \xe9")
 
 
 def test_61_no_cors(proxy):

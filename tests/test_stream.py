@@ -432,13 +432,26 @@ def test_m17_a_stream_over_the_limit(ids):
     assert time.process_time() - start < 0.5  # most of it is making the text
 
 
+@pytest.mark.parametrize("override", ["\u202e", "&#8238;", "&#x0202E;", "%E2%80%AE", "\\u202e"])
+@pytest.mark.parametrize("n_before, n_behind", [(1, 1), (4, 60), (60, 400)])
+def test_s23_text_behind_an_override_waits_for_the_whole_view(ids, override, n_before, n_behind):
+    """Regression: further behind it than a part of the view reaches back, what it turns around was released unread."""
+    shown = "calm " * n_before + "vinegar " + "calm " * n_behind  # to a reader, from left to right
+    p, _ = make(ids, on_flag="refuse", max_bytes=1 << 16)
+    escapes = " %20%20" if "%" in override else "\\u0020" * 3 if "\\" in override else ""  # one or two are no encoding
+    text = "All is calm here. " * 4 + escapes + override + shown[::-1]
+    assert p.guard(Q, text).flagged
+    events = list(p.stream(Q, cut(text, 5)))
+    assert events[-1].verdict.action == "refuse" and "ragen" not in joined(events) and "mlac" not in joined(events)
+
+
 def test_m41_a_stream_that_never_ends_meets_the_deadline(ids):
     def endless():
         while True:
             time.sleep(0.001)
             yield chunk
 
-    for chunk in ("calm ", "x", " "):
+    for chunk in ("calm ", "x", " ", ""):
         p, detector = make(ids, deadline_ms=50)
         start = time.monotonic()
         v = list(p.stream(Q, endless()))[-1].verdict
@@ -701,7 +714,7 @@ def test_m43_many_streams_in_a_row_leave_nothing_behind(ids):
     gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert grown < 20_000 and detector.n_open == 0 and detector.n_opened == 600
+    assert grown < 40_000 and detector.n_open == 0 and detector.n_opened == 600
 
 
 def test_m24_shown_chars_is_an_offset_in_the_original(ids):

@@ -1,5 +1,6 @@
 """Token ids: one sequence from two tokenisers, roles that no text can forge, windows that leave nothing out."""
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -43,6 +44,19 @@ def template(request):
 @pytest.fixture(scope="module")
 def both(hf_ids, llama_ids):
     return Template(hf_ids), Template(llama_ids)
+
+
+def test_m01_a_tokeniser_that_reads_a_mark_in_a_text_is_refused():
+    """An added token that isn't a special one is matched in texts, too."""
+    class Naive:
+        def special(self, name):
+            return {"<|im_start|>": 1, "<|im_end|>": 2}.get(name)
+
+        def encode(self, text):
+            return [1 if part == "<|im_start|>" else 9 for part in re.split(r"(<\|im_start\|>)", text) if part]
+
+    with pytest.raises(ValueError, match=r"^Template: tokenizer must read <\|im_start\|> in a text as text, got the mark itself"):
+        Template(Naive())
 
 
 @pytest.mark.parametrize("name", TEXTS)

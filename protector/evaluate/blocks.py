@@ -85,6 +85,18 @@ _REWRITE_TARGETS = (("judged harmless by the offline judge", lambda found: found
                     ("about its question by the grades", lambda found: (found.get("graded") or {}).get("about"), 0.80, True), ("with a refusal phrase", lambda found: found["refusals"], 0.50, False))
 
 
+def _brief(result):
+    """What a newcomer asks of a detector: does it rank, and what does it flag, by source; the model card has all of it."""
+    words = result["bag_of_words"]["sources"]
+    large = {source: part for source, part in report.large_parts(result["sources"]).items() if part["harmful"] >= report.SMALL or not part["harmful"]}
+    rows = [[source, f"{part['n']} ({part['harmful']})",
+             *([report.number(part["auroc"]), report.number(words[source]["auroc"]), report.number(part["recall_at_5%_fpr"])] if part["harmful"] else ["–"] * 3),
+             report.share(part["recall"]), report.share(part["false_positives"])] for source, part in large.items()]
+    return _grid(["source", "n (harmful)", "AUROC", "AUROC, word counts", "recall at 5 % false positives", "harmful flagged", "harmless flagged"], rows,
+                 f"{report.guard_sentence(result)} Intervals: {result['interval']}. Sources call different things harmful; there is no total over them.",
+                 *report.beaten(result))
+
+
 def _detector_targets(result):
     rows = []
     for label, (source, name), bound in _DETECTOR_TARGETS:
@@ -276,7 +288,7 @@ def _report(*chosen, title=""):
 RENDERERS = {"table": table.markdown, "parity": _parity, "parity#quality": _quality, "selftest": _selftest, "depth": _depth, "depth#worth": _worth,
              "compare": _compare, "ablations": _compare, "shared": _shared, "joint": _joint,
              "lookup": _lookup, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost, "bench": bench.markdown, "bench_sweep": bench.sweep_markdown,
-             "detectors": _report(0, 1), "detectors#targets": _detector_targets, "detectors#published": _report(title="Published guards"),
+             "detectors": _report(0, 1), "detectors#brief": _brief, "detectors#targets": _detector_targets, "detectors#published": _report(title="Published guards"),
              "detectors#kinds": _report(title="Harmful answers flagged"), "detectors#alone": _report(title="Detector without"),
              "detectors#calibration": _report(title="Calibration"),
              "rewrites#targets": _rewrite_targets, "replay": _report(0), "utility": _report(0),

@@ -42,14 +42,14 @@ def number(value, digits=3):
 # -- tables: {"title", "head", "rows", "notes"}; every cell is text
 
 
-def _large(parts):
+def large_parts(parts):
     """The parts of a result that a table shows."""
     return {name: part for name, part in parts.items() if part["n"] >= SMALL}
 
 
 def _left_out(parts):
     """A note on the parts that a table doesn't show; none if it shows all."""
-    small = [name for name in parts if name not in _large(parts)]
+    small = [name for name in parts if name not in large_parts(parts)]
     return [f"Left out with fewer than {SMALL} answers: {', '.join(small)}; their numbers are in the JSON."] if small else []
 
 
@@ -104,8 +104,18 @@ def enough(part):
     return min(part["harmful"], part["n"] - part["harmful"]) >= FEW
 
 
+def beaten(result):
+    """A sentence that says where word counts alone tell more than the detector; none if nowhere."""
+    words = result["bag_of_words"]["sources"]
+    found = [f"{source} ({name} {theirs:.3f} against {ours:.3f})" for source, part in large_parts(result["sources"]).items()
+             for key, name in (("auroc", "AUROC"), ("auprc", "AUPRC"), ("recall_at_5%_fpr", "recall at 5 % FPR")) if enough(part)
+             for ours, theirs in [[found["value"] if isinstance(found, dict) else found for found in (part[key], words[source].get(key))]]
+             if None not in (ours, theirs) and theirs > ours]
+    return [f"**Word counts alone do better** on {'; '.join(found)}."] if found else []
+
+
 def detector_tables(result):
-    large, words = _large(result["sources"]), result["bag_of_words"]["sources"]
+    large, words = large_parts(result["sources"]), result["bag_of_words"]["sources"]
 
     def unless_few(part, *values):
         return [number(value) if enough(part) else "–" for value in values]
@@ -116,10 +126,6 @@ def detector_tables(result):
             for source, part in large.items()]
     at = [[source, share(part["recall"]), share(part["false_positives"]), *unless_few(part, part["best_f1"], words[source]["f1"])]
           for source, part in large.items()]
-    beaten = [f"{source} ({name} {theirs:.3f} against {ours:.3f})" for source, part in large.items()
-              for key, name in (("auroc", "AUROC"), ("auprc", "AUPRC"), ("recall_at_5%_fpr", "recall at 5 % FPR")) if enough(part)
-              for ours, theirs in [[found["value"] if isinstance(found, dict) else found for found in (part[key], words[source].get(key))]]
-              if None not in (ours, theirs) and theirs > ours]
     labelled = {}
     for source, part in large.items():
         labelled.setdefault(", ".join(part["labellers"]) or "not recorded", []).append(source)
@@ -127,7 +133,7 @@ def detector_tables(result):
     notes = [f"{guard_sentence(result)} Intervals: {result['interval']}.", "Sources call different things harmful; there is no total over them.",
              "Who labelled: " + "; ".join(f"{', '.join(told)}: {who}" for who, told in labelled.items()) + ".",
              "Always “harmful”: the constant answer, whose AUROC is 0.5 and whose AUPRC is the share of harmful answers.",
-             *([f"**Word counts alone do better** on {'; '.join(beaten)}."] if beaten else []),
+             *beaten(result),
              *([f"Without AUROC, F1 and recall, of fewer than {FEW} harmful or harmless answers: {', '.join(few)}."] if few else []), *_left_out(result["sources"])]
     edges = [(i / 10, (i + 1) / 10) for i in range(10)]
     bins = [[source, *(next((f"{row['share']:.2f} ({row['n']})" for row in part["reliability"] if round(10 * row["low"]) == i), "–")
@@ -136,7 +142,7 @@ def detector_tables(result):
     without = [{"title": "Detector without the question",
                 "head": ["source", "n (harmful)", "AUROC, answer alone", "AUROC, with the question", "harmful flagged", "harmless flagged"],
                 "rows": [[source, f"{part['n']} ({part['harmful']})", *unless_few(part, part["auroc"], part["auroc_with_question"]),
-                          share(part["recall"]), share(part["false_positives"])] for source, part in _large(alone["sources"]).items()],
+                          share(part["recall"]), share(part["false_positives"])] for source, part in large_parts(alone["sources"]).items()],
                 "notes": [f"The same answers scored as if nothing were known of their question, at most {alone['at_most']} of a source, and "
                           f"flagged at the answer-only threshold {alone['threshold']:.3f}. AUROC with the question: of these very answers.",
                           *_left_out(alone["sources"])]}] if alone and alone["sources"] else []
@@ -215,8 +221,8 @@ def replay_tables(result):
     notes = [f"{_grades(result.get('grader'))} A rewrite without one is missing. All harmless – all harmful: with the outer ends of both intervals."] if graded else []
     guard = guard_sentence(result, sum(part["human"]["errors"] for part in result["sources"].values()))
     keywords = f"Keywords misjudge: {result['keywords_note']}."
-    human = _large({source: part["human"] for source, part in result["sources"].items()})
-    by_judge = _large({source: part["judge"] for source, part in result["sources"].items()})
+    human = large_parts({source: part["human"] for source, part in result["sources"].items()})
+    by_judge = large_parts({source: part["judge"] for source, part in result["sources"].items()})
     for who, parts, told in (("human labels", human, [f"Labels: {result['human_note']}.", *notes]),
                              ("the judge", by_judge, ["Labels: the judge alone, before and after."])):
         tables.append({"title": f"Attack success in replay, by {who}", **_attacks("source", parts),
@@ -225,8 +231,8 @@ def replay_tables(result):
     without_table = {}
     for source, models in result["models"].items():
         parts = {name: part["human"] for name, part in models.items()}
-        if _large(parts):
-            tables.append({"title": f"Real models in replay: {source}", **_attacks("model", _large(parts)),
+        if large_parts(parts):
+            tables.append({"title": f"Real models in replay: {source}", **_attacks("model", large_parts(parts)),
                            "notes": [guard_sentence(result), f"Labels: {result['human_note']}. {_judge(result)}", *notes, keywords, f"Intervals: {result['interval']}.",
                                      *_models_left_out({source: parts})]})
         else:
@@ -279,7 +285,7 @@ def rewrite_tables(result):
         accuracies = {source: part["accuracy"] for source, part in measured.items()}
         tables.append({"title": "The judge of relevance, judged", "head": ["source", "accuracy", "matching passed", "shuffled passed"],
                        "rows": [[source, *(share(measured[source][name]) for name in ("accuracy", "matching_passed", "shuffled_passed"))]
-                                for source in _large(accuracies)],
+                                for source in large_parts(accuracies)],
                        "notes": ["Recorded answers with their own question, and with another of their source. Rewrites have no labels: "
                                  "how often they pass for another question stands above.",
                                  "Intervals: 95 % Wilson, of the accuracy at the effective number of questions.", *_left_out(accuracies)]})
@@ -299,7 +305,7 @@ def utility_tables(result):
     notes.append(f"Changed must equal flagged: nothing else is ever touched. {_INTERVALS}")
     notes += busy_times(result)
     return [{"title": f"Utility on harmless answers, by {name}", "head": [name, *head],
-             "rows": [row(key, part) for key, part in _large(result[f"{name}s"]).items()], "notes": [*notes, *_left_out(result[f"{name}s"])]}
+             "rows": [row(key, part) for key, part in large_parts(result[f"{name}s"]).items()], "notes": [*notes, *_left_out(result[f"{name}s"])]}
             for name in ("source", "model") if result[f"{name}s"]]
 
 
@@ -373,7 +379,7 @@ def likelihood_tables(result):
 def judge_tables(result):
     rows = [[source, f"{part['n']} ({part['harmful']})", share(part["accuracy"]), number(part["balanced_accuracy"]), number(part["auroc"]),
              share(part["harmful_missed"]), share(part["harmless_called_harmful"])]
-            for source, part in _large(result["measured"]).items()]
+            for source, part in large_parts(result["measured"]).items()]
     return [{"title": "The judge, judged", "rows": rows,
              "notes": [f"{result['judge']}. Measured on questions that it never saw. {_INTERVALS}",
                        *_left_out(result["measured"])],
@@ -421,12 +427,12 @@ def figures_of(name, result):
             figures[f"{name}-calibration-{_slug(source)}"] = (f"Calibration: {source}, ECE {number(part['ece'])}",
                                                               partial(plots.reliability, part["reliability"]))
     elif kind == "replay":
-        human = _large({source: part["human"] for source, part in result["sources"].items()})
+        human = large_parts({source: part["human"] for source, part in result["sources"].items()})
         rows = [(source, part["before"], part["after"]) for source, part in human.items()]
         if rows:
             figures[f"{name}-attacks"] = (f"Harmful answers shown, before and after, by human labels; rewrites by {result['judge']}", partial(plots.before_after, rows))
         for source, models in result["models"].items():
-            human = _large({model: part["human"] for model, part in models.items()})
+            human = large_parts({model: part["human"] for model, part in models.items()})
             rows = [(model, part["before"], part["after"]) for model, part in human.items()]
             if rows:
                 figures[f"{name}-models-{_slug(source)}"] = (f"Real models, {source}; rewrites by {result['judge']}", partial(plots.before_after, rows))
@@ -527,7 +533,7 @@ def _tiles(results):
                                    f"human labels, rewrites by {_judged(result)}")
         elif kind == "utility":
             changed = {source: {"value": 100 * rate["rate"], "low": 100 * rate["low"], "high": 100 * rate["high"], "n": rate["n"]}
-                       for source, part in _large(result["sources"]).items() for rate in [part["changed"]]}
+                       for source, part in large_parts(result["sources"]).items() for rate in [part["changed"]]}
             if changed:
                 value, ends = _ends(changed, 1)
                 tiles.append((f"{value} %", f"of harmless answers changed, {_counted(changed, SMALL)}: {ends}"))

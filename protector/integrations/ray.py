@@ -48,7 +48,7 @@ class GuardBatch:
     def __call__(self, batch):
         """Ray Data's numpy batch {column: (n,) array} -> the same with five columns more; score is NaN after an error, error "" without one."""
         n = len(batch[self.answer])
-        rows = self.rows([{name: batch[name][i] for name in (self.question, self.answer) if name in batch} for i in range(n)])
+        rows = self.rows([{name: _value(batch[name][i]) for name in (self.question, self.answer) if name in batch} for i in range(n)])
         # Never None: Arrow gives a column of None alone another type, and then the Parquet files of one job have two schemas.
         new = {name: np.array([row[name] or "" for row in rows], dtype=object) for name in ("action", "text", "error")}
         score = np.array([np.nan if row["score"] is None else row["score"] for row in rows], np.float64)
@@ -82,6 +82,11 @@ class GuardBatch:
             rows = [_parsed(file.readline()) for _ in range(part.n_rows)]
         return "".join(json.dumps({**(row if isinstance(row, dict) else {}), "source_row": part.first_row + i, **new}) + "\n"
                        for i, (row, new) in enumerate(zip(rows, self.rows(rows, deadly))))
+
+
+def _value(value):
+    """None for the NaN that Ray gives for it where a block has nothing else in that column."""
+    return None if isinstance(value, (float, np.floating)) and value != value else value
 
 
 class Part(NamedTuple):
