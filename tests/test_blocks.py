@@ -21,6 +21,12 @@ def test_detector_targets():
         "recall at 5 % false positives, pyrit: yes", "OwlEval's answers flagged (the threshold was set on them and captions): no"]
     result["sources"]["owleval"]["false_positives"] = _rate(4, 486)
     assert blocks._detector_targets(result).splitlines()[-1].endswith("n 486 | yes |")
+    result["sources"]["pyrit"]["reliability"] = [{"low": 0.6, "score": 0.65, "share": 0.0, "n": 500}, {"low": 0.7, "score": 0.75, "share": 0.80, "n": 30},
+                                                 {"low": 0.8, "score": 0.85, "share": 0.90, "n": 10}, {"low": 0.9, "score": None, "share": None, "n": 0}]
+    last = blocks._detector_targets(result).splitlines()[-1]
+    assert ".7 to .9, 0.78 in the mean, n 40 " in last and last.endswith(" | within 0.05 | 0.82 | yes |")  # by hand: (30 x .75 + 10 x .85) / 40
+    result["sources"]["beavertails_test_NC"]["reliability"] = [{"low": 0.8, "score": 0.85, "share": 0.5, "n": 40}]
+    assert blocks._detector_targets(result).splitlines()[-1].endswith(" | 0.66 | no |")
     result["detector"] = {"model": "mine.gguf", "sha256": "ab" * 32, "backend": "llama.cpp", "quantisation": "F16", "thresholds": {"pair": 0.5}}
     assert blocks._detector_targets(result).endswith("\n\nGuard: mine.gguf (sha256 abababababab), llama.cpp, F16; threshold 0.500.")
 
