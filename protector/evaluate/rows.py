@@ -88,7 +88,7 @@ def gather(paths):
     Args:
         paths: a folder holds dev_pairs, dev_benign_mllm, train_pairs and train_pairs_nc (.jsonl.gz), any of them absent; a
             file or wheel holds rows to measure on; a folder that `protector split` made holds train, judge and
-            measure.jsonl. The baseline learns from "own" where no folder has train_pairs.
+            measure.jsonl. The baseline learns from "own" where no folder has train rows: among many of this project's own it does worse on others.
     Raises:
         DataError: nothing to measure on.
     """
@@ -98,7 +98,6 @@ def gather(paths):
             for name, part in (("measure", PAIRS), ("judge", JUDGE), ("train", TRAIN)):
                 parts[part] += read(path / f"{name}.jsonl")
                 files.append(f"{name}.jsonl")
-            parts[TRAIN] += read("own")
             halve = False
         elif path.is_dir() and any((path / f"{name}.jsonl.gz").exists() for name in parts):
             for name, rows in parts.items():
