@@ -170,7 +170,8 @@ def test_a_data_folder_and_its_gaps(tmp_path):
         (parts / f"{name}.jsonl").write_text(json.dumps(line | {"question": name}) + "\n")
     split = rows.gather([parts])
     assert [row.question for row in split.pairs + split.judge] == ["measure", "judge"]
-    assert split.train[0].question == "train" and not split.halve
+    assert [row.question for row in split.train] == ["train"] and not split.halve  # the word counts' rows: not this project's own as well
+    assert set(split.seen) == {*split.train, *rows.read("own")}
     paper = tmp_path / "paper.jsonl"
     paper.write_text(json.dumps({"question": "q", "answer": "a", "h": 1}) + "\n")
     assert rows.read(paper)[0].label == 0  # the paper's h = 1 is harmless
