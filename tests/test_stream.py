@@ -706,15 +706,18 @@ def test_m43_many_streams_in_a_row_leave_nothing_behind(ids):
         for i in range(n):
             list(p.stream(Q, ["Use warm water ", "and a soft cloth."]))
 
+    def grown(n):
+        before = tracemalloc.get_traced_memory()[0]
+        run(n)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0] - before
+
     run(100)
     gc.collect()
     tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    run(500)
-    gc.collect()
-    grown = tracemalloc.get_traced_memory()[0] - before
+    least = min(grown(100) for _ in range(5))  # what each stream leaves grows in every part; an interpreter's pools fill in some
     tracemalloc.stop()
-    assert grown < 40_000 and detector.n_open == 0 and detector.n_opened == 600
+    assert 5 * least < 20_000 and detector.n_open == 0 and detector.n_opened == 600
 
 
 def test_m24_shown_chars_is_an_offset_in_the_original(ids):
