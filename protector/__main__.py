@@ -49,6 +49,16 @@ class AverageConfig:
 
 
 @dataclass(frozen=True)
+class RefitConfig:
+    """A fully fine-tuned detector as one with LoRA adapters, which `protector export` writes as a small file."""
+
+    model: str = field(metadata={"help": "folder that `protector train detector --rank 0` wrote"})
+    out: str = option("runs/refitted", "folder to write")
+    rank: int = option(16, "of the adapters")
+    alpha: float = option(32.0, "their scale is alpha / rank")
+
+
+@dataclass(frozen=True)
 class TemperatureConfig:
     """The temperature and shift with which a score of 0.8 means about 80 %."""
 
@@ -151,6 +161,7 @@ def run_stream(config):
             print(f"{shade}{text}\x1b[0m" if colour else text, end="", flush=True)
             verdict = verdict if event.verdict is None else event.verdict
 
+    state.begin()
     while not state.done and (chunk := sys.stdin.readline()):
         show(state.push(chunk))
     show(state.finish())
@@ -192,6 +203,13 @@ def run_average(config):
     return PASS
 
 
+def run_refit(config):
+    from . import export
+
+    print(json.dumps(export.refit(config.model, config.out, config.rank, config.alpha)))
+    return PASS
+
+
 def run_calibrate(config):
     from . import export
 
@@ -228,6 +246,7 @@ def _commands():
         "split": (SplitConfig, run_split, "split labelled answers by question"),
         "export": (ExportConfig, run_export, "write a trained model as GGUF or for Hugging Face"),
         "average": (AverageConfig, run_average, "average trained weights that come from one another"),
+        "refit": (RefitConfig, run_refit, "write a fully fine-tuned detector as one with LoRA adapters"),
         "temperature": (TemperatureConfig, run_temperature, "fit the temperature of a detector's scores"),
         "calibrate": (CalibrateConfig, run_calibrate, "set the threshold for a false-positive rate"),
         "doctor": (DoctorConfig, run_doctor, "say what is installed and whether it works"),

@@ -445,15 +445,17 @@ def _guarding(detector, n, rounds, threads):
 
     def streamed():
         state = StreamGuard(guard, question)
-        pushing = [seconds(partial(state.push, piece)) for piece in pieces]
-        return sum(pushing), max(pushing), seconds(state.finish)
+        beginning, pushing = seconds(state.begin), [seconds(partial(state.push, piece)) for piece in pieces]
+        return beginning, sum(pushing), max(pushing), seconds(state.finish)
 
     turns = in_turns({"generate": lambda: sum(base.write(prompt, n, template.end)[1:]), "guard": lambda: seconds(lambda: guard.guard(question, answer)),
                       "streamed": streamed}, rounds)
-    generate, whole, (pushing, longest, waiting) = np.array(turns["generate"]), np.array(turns["guard"]), np.array(turns["streamed"]).T
+    generate, whole, (beginning, pushing, longest, waiting) = np.array(turns["generate"]), np.array(turns["guard"]), np.array(turns["streamed"]).T
+    step = generate / n
     return {"answer_tokens": n, "model": base_path().name, "generate_s": described(generate), "guard_s": described(whole),
-            "guard_percent": described(100 * whole / generate), "streamed_percent": described(100 * (pushing + waiting) / generate),
-            "wait_ms": described(1e3 * waiting), "wait_steps": described(waiting / (generate / n)), "push_steps": described(longest / (generate / n))}
+            "guard_percent": described(100 * whole / generate), "streamed_percent": described(100 * (beginning + pushing + waiting) / generate),
+            "wait_ms": described(1e3 * waiting), "wait_steps": described(waiting / step), "push_steps": described(longest / step),
+            "begin_steps": described(beginning / step)}
 
 
 # Fresh processes. Each prints {"s": import to first verdict, "peak_bytes"}; argv[1] is JSON.
@@ -597,9 +599,12 @@ def _training(depth, plain, folder, sizes, threads, compiles):
 
     turns = in_turns({key: partial(speed, *key) for title, column in columns.items() for key in ((title, "guard"), (title, column))},
                      sizes.trainings, warms_up=False)  # the first step of each doesn't count
-    missing = {"bare": "llama.cpp doesn't train", **dict.fromkeys(("transformers", "compiled"), "compiled training has its own row, where scoring compiles")}
-    return {title: {**compared("tokens/s", {name: turns[title, name] for name in ("guard", column)},
-                               {name: why for name, why in missing.items() if name != column}), "steps": sizes.steps} for title, column in columns.items()}
+    missing = {"bare": "llama.cpp doesn't train", "compiled": "compiled training has its own row, where scoring compiles"}
+    values = {title: {name: turns[title, name] for name in ("guard", column)} for title, column in columns.items()}
+    if "training, compiled" in values:  # beside the Trainer as most people run it, too: its turns of the same rounds
+        values["training, compiled"]["transformers"] = turns["training", "transformers"]
+    return {title: {**compared("tokens/s", part, {name: why for name, why in missing.items() if name not in part}), "steps": sizes.steps}
+            for title, part in values.items()}
 
 
 def _train_rate(config, n_tokens):
@@ -659,6 +664,8 @@ def targets(result):
 
     add("cost of a harmless answer, % of its generation", 15, guarding["guard_percent"], True)
     add("wait at a stream's end, generation steps", 2, guarding["wait_steps"], True)
+    if "push_steps" in guarding:
+        add("longest wait within a stream, generation steps", 2, guarding["push_steps"], True)
     for title, row in rows.items():
         if title.startswith("detector, ") and title.endswith(" tokens"):  # all lengths that are scored at once
             add(f"{title}: share of llama.cpp bare", 0.9, row["ratios"]["bare"], False)
@@ -673,6 +680,8 @@ def targets(result):
             add("peak memory, times the GGUF alone", 1.3, memory["of_gguf"], True)
     if "training" in rows:
         add("training: times a plain Trainer, both eager", 1.5, rows["training"]["ratios"]["transformers"], False)
+    if "transformers" in rows.get("training, compiled", {}).get("ratios", {}):
+        add("training, compiled: times a plain Trainer, eager", 1.5, rows["training, compiled"]["ratios"]["transformers"], False)
     return found
 
 
@@ -747,6 +756,7 @@ def markdown(result):
         lines += ["", *_limits(result["machine"])]
     guarding = result["guarding"]
     push = f"; before that no push blocks for more than {_number(guarding['push_steps'])}" if "push_steps" in guarding else ""
+    push += f", once the question was read, which takes {_number(guarding['begin_steps'])} while the model reads it" if "begin_steps" in guarding else ""
     lines += ["", f"A harmless answer of {guarding['answer_tokens']} tokens, which {guarding['model']} writes in {_number(guarding['generate_s'])} s, costs "
               f"{_number(guarding['guard_percent'])} % more when it is guarded as a whole and {_number(guarding['streamed_percent'])} % as a stream; after the "
               f"last chunk the stream waits {_number(guarding['wait_steps'])} generation steps{push}.", ""]

@@ -2,7 +2,8 @@
 
     flat          time of a token in a stream of 4,000 tokens over that in one of 200
     generation    time of scoring an answer while it is written over the time in which llama.cpp's base model writes it, step by
-                  step in turns; in steps of that model the longest push and the wait after the last token, the longest of the answer's
+                  step in turns; in steps of that model what reading the question takes before the first one (begin), the longest
+                  push and the wait after the last token, the longest of the answer's
                   ends with 0 to STEP_TOKENS - 1 tokens less; the wait where its normalised view differs by one space; and how many
                   tokens it was ahead when text was let out
     in a row      resident memory before and after many short streams
@@ -147,6 +148,7 @@ def generation(guard, sizes, rounds, threads):
     def answer():
         state, written_s, scored_s, longest_s = StreamGuard(guard, QUESTION), 0.0, 0.0, 0.0
         pieces, ends, n_chars, held = [], [], 0, []  # of each token: text, end in characters; characters released before; tokens held
+        begun_s = seconds(state.begin)
         bare.read(prompt)
         for _ in range(sizes.answer):
             start = time.perf_counter()
@@ -167,13 +169,14 @@ def generation(guard, sizes, rounds, threads):
         finished_s = seconds(state.finish)
         waited_s = max(finish_s(guard, pieces[:len(pieces) - n_less]) for n_less in range(min(STEP_TOKENS, len(pieces))))
         viewed_s = finish_s(guard, ["\N{NO-BREAK SPACE}", *pieces])
-        return written_s, scored_s + finished_s, longest_s, waited_s, viewed_s, *((np.median(held), max(held)) if held else (np.nan, np.nan))
+        return written_s, begun_s + scored_s + finished_s, begun_s, longest_s, waited_s, viewed_s, *((np.median(held), max(held)) if held else (np.nan, np.nan))
 
-    written_s, scored_s, longest_s, waited_s, viewed_s, median_held, most_held = np.array(in_turns({"answer": answer}, rounds)["answer"]).T
+    written_s, scored_s, begun_s, longest_s, waited_s, viewed_s, median_held, most_held = np.array(in_turns({"answer": answer}, rounds)["answer"]).T
     step_s = written_s / sizes.answer
     return {"written_tokens_per_s": described(1 / step_s), "scored_ms_per_token": described(1e3 * scored_s / sizes.answer),
             "share": described(scored_s / written_s), "wait_steps": described(waited_s / step_s), "wait_ms": described(1e3 * waited_s),
             "view_wait_steps": described(viewed_s / step_s), "push_steps": described(longest_s / step_s),
+            "begin_steps": described(begun_s / step_s),
             "held_tokens": {"median": float(np.median(median_held)), "largest": float(most_held.max())}}
 
 

@@ -567,7 +567,7 @@ class EventReader:
 
 
 class ChatStream:
-    """Guards a streamed chat completion: push the upstream's chunks, then finish.
+    """Guards a streamed chat completion: begin if its first chunk is still to come, push the upstream's chunks, then finish.
 
     A choice has one channel open at a time, so one cursor; text of a channel that comes back after another one had its
     turn waits for the end, where the whole channel is scored.
@@ -583,6 +583,25 @@ class ChatStream:
         self.protector, self.request, self.hold, self.check = protector, request, hold, check
         self.choices, self.dropped, self._fields, self._out = {}, set(), {}, []
         self._usage, self._has_usage = {}, False  # the latest, and whether one was sent
+        self._begun = {}  # index -> guard of a choice to come
+
+    def begin(self):
+        """Read the question while the upstream does, for every choice: the first text of each then finds it read. Its time starts with that text."""
+        for index in range(self.request.n):
+            if index not in self.choices and index not in self._begun:
+                self._begun[index] = self._new_guard()
+                self._begun[index].begin()
+
+    def guard_of(self, index):
+        """The guard of a choice's next channel."""
+        guard = self._begun.pop(index, None)
+        if guard is None:
+            return self._new_guard()
+        guard.restart_clock()
+        return guard
+
+    def _new_guard(self):
+        return StreamGuard(self.protector, self.request.question, self.request.history, self.hold, self.check)
 
     @property
     def stopped(self):
@@ -669,8 +688,8 @@ class ChatStream:
 
     def close(self):
         """Free the cursors; safe to call at any time, and twice."""
-        for choice in self.choices.values():
-            choice.close()
+        for part in (*self.choices.values(), *self._begun.values()):
+            part.close()
 
     def _send_usage(self):
         """Once: with the chunk that ends the answer, or after it."""
@@ -729,7 +748,7 @@ class _Choice:
         if self.ended:
             return
         request = self.stream.request
-        self.channel, self.guard = channel, StreamGuard(self.protector, request.question, request.history, self.stream.hold, self.stream.check)
+        self.channel, self.guard = channel, self.stream.guard_of(self.index)
         if channel == "content":
             self.skip = len(request.prefill)
             text = request.prefill + text

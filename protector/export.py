@@ -1,6 +1,7 @@
 """From a trained folder to a file that guards: canaries, GGUF, calibration; and to checkpoints for other servers."""
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,64 @@ def average(folders, weights, out):
         value.data = weights[0] * value.data + sum(weight * part[name].data for weight, part in zip(weights[1:], others))
     parts[0].save(out)
     return {"out": str(out), "of": dict(zip(map(str, folders), weights))}
+
+
+_READS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",  # what stands before a layer
+          "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm"}
+
+
+def refit(folder, out, rank=16, alpha=32.0):
+    """Write a fully fine-tuned detector as one with LoRA adapters: the nearest ones of that rank to the change of every linear layer.
+
+        W' diag(g' / g) - W = U S V^T,    B A alpha / rank = U_r S_r V_r^T                 g, g': weights of the norm before the layer, base and trained
+
+    The norms' own change is multiplied into the layers that read them, the last norm's into the head, so that with the full rank the scores stay.
+
+    Args:
+        folder: a detector that `protector train --rank 0` wrote. out: folder to write. rank, alpha: of the adapters.
+    Returns:
+        dict with out, rank, and kept, the share of the squared change of all linear layers that the adapters hold.
+    Raises:
+        ModelError: another model than a fully fine-tuned detector. ValueError: a rank below 1.
+    Source: Eckart & Young, The approximation of one matrix by another of lower rank, 1936.
+    """
+    import torch
+
+    from . import models
+
+    if rank < 1:
+        raise ValueError(f"refit: rank must be 1 or more, got {rank}. Choose a higher one.")
+    full = models.load(folder, "cpu")
+    if full.config.kind != "detector" or full.config.rank:
+        raise ModelError(f"refit: {folder} must be a detector trained with --rank 0, got a {full.config.kind} of rank {full.config.rank}.")
+    fitted = models.build(replace(full.config, rank=rank, alpha=alpha), local=True)
+    theirs, bare = dict(full.backbone.named_modules()), fitted.backbone.get_base_model()
+    changed = dict.fromkeys(("all", "kept"), 0.0)
+
+    def gain(name, norm):  # (d,) of the norm's trained weights over the base's; where those are 0 nothing comes through
+        ours = norm.weight
+        return torch.where(ours == 0, 1.0, theirs[name].weight / ours)
+
+    with torch.no_grad():
+        for name, layer in bare.named_modules():
+            if not hasattr(layer, "lora_A"):
+                continue
+            block, _, kind = name.rpartition(".")
+            wanted = theirs[name].weight
+            if kind in _READS:
+                norm = f"{block.rpartition('.')[0]}.{_READS[kind]}"
+                wanted = wanted * gain(norm, bare.get_submodule(norm))
+            change = wanted - layer.base_layer.weight
+            u, s, v = torch.linalg.svd(change, full_matrices=False)
+            root = (s[:rank] * (rank / alpha)).sqrt()
+            down, up = layer.lora_A["default"].weight.zero_(), layer.lora_B["default"].weight.zero_()  # (rank, in), (out, rank)
+            down[:len(root)], up[:, :len(root)] = root[:, None] * v[:rank], u[:, :rank] * root
+            changed["all"] += float(change.square().sum())
+            changed["kept"] += float(s[:rank].square().sum())
+        fitted.head.weight.copy_(full.head.weight * gain("norm", bare.norm))
+        fitted.head.bias.copy_(full.head.bias)
+    fitted.save(out)
+    return {"out": str(out), "rank": rank, "kept": round(changed["kept"] / changed["all"], 4) if changed["all"] else 1.0}
 
 
 def export(model, out, format="adapter", quantisation="Q8_0", base=None, temperature=1.0, shift=0.0):

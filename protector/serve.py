@@ -297,6 +297,7 @@ class Server:
                         (b"x-accel-buffering", b"no")]})
                     started = True
                     try:
+                        await self.work(self._steps, state.begin)
                         await self._pump(state, response, show)
                     finally:
                         with anyio.CancelScope(shield=True):

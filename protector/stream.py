@@ -89,7 +89,7 @@ class Event:
 
 
 class StreamGuard:
-    """State of one guarded stream: push chunks, then finish. close() may be called from another thread.
+    """State of one guarded stream: begin if the answer is still to come, push chunks, then finish. close() may be called from another thread.
 
     Args:
         protector: guard.Protector.
@@ -126,7 +126,8 @@ class StreamGuard:
         self._n_fragments, self._fragment_tokens, self._view_usage = 0, 0, {}  # the latter: of the whole view
         self._view_window = None  # of the view, or the part of it, that was flagged
         self._is_flagged, self._unguarded = False, None  # the error's verdict once on_error="pass" lets everything through
-        self._start_s, self._deadline = time.monotonic(), _deadline(protector, check)
+        self._check_outside = check
+        self.restart_clock()
         self._cursor, self._lock, self._is_closing = None, threading.RLock(), False
         self._dropped = {}
 
@@ -136,6 +137,24 @@ class StreamGuard:
         if len(self._chunks) > 1:
             self._chunks = ["".join(self._chunks)]
         return self._chunks[0] if self._chunks else ""
+
+    def begin(self):
+        """Read the question before the answer's first chunk comes, so that no push waits for it: without this the first word's does.
+
+        An error is left to the first push, which meets it again: an answer that never comes costs nothing but time.
+        """
+        with self._lock:
+            if self.done or self._cursor is not None or self._unguarded is not None:
+                return
+            try:
+                self._check()
+                self._read_question()
+            except (Exception, _Closed):
+                self._free()
+
+    def restart_clock(self):
+        """Count the answer's time, and its deadline, from now on: what was begun early isn't late."""
+        self._start_s, self._deadline = time.monotonic(), _deadline(self.protector, self._check_outside)
 
     def push(self, chunk):
         """Take one chunk; returns the events that it makes due (none while text is held back)."""
@@ -212,8 +231,7 @@ class StreamGuard:
             self._wait(piece)
         if self._n_waiting < STEP_TOKENS:
             if self._cursor is None and self._n_waiting and self.text.strip():
-                self._open()
-                self._logits(self._cursor, [])  # the question is read now, so that no later push waits for it and a step together
+                self._read_question()  # now, so that no later push waits for it and a step together
             return []
         self._feed_waiting()
         if self._alarm and self.protector.on_flag != "report":
@@ -321,6 +339,10 @@ class StreamGuard:
         self._prefix = template.prefix(question_ids, turns)
         self._cursor = self.protector.detector.open()
         self._cursor.start(self._prefix)
+
+    def _read_question(self):
+        self._open()
+        self._logits(self._cursor, [])
 
     def _logits(self, cursor, ids):
         logits = cursor.feed(ids, self._check)
@@ -466,6 +488,7 @@ def stream(protector, q, chunks, history=None, hold=8):
 
 def _events(state, chunks):
     try:
+        state.begin()
         for chunk in chunks:
             yield from state.push(chunk)
             if state.done:
@@ -488,6 +511,7 @@ def astream(protector, q, chunks, history=None, hold=8):
 async def _async_events(state, chunks):
     upstream, coming = chunks.__aiter__(), None
     try:
+        await asyncio.to_thread(state.begin)
         while not state.done:
             left_s = state.time_left_s()
             if coming is None:

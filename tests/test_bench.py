@@ -237,13 +237,13 @@ def test_training_is_timed_eager_and_compiled_in_one_precision(impatient, hf_ids
     rows = bench._training(2, plain, tmp_path / "both", sizes, 1, compiles=True)
     assert {title: row["values"]["guard"]["median"] for title, row in rows.items()} == {
         "training": pytest.approx(50 / 3), "training, compiled": pytest.approx(100 / 3)}
-    # Like beside like: both eager, both compiled, each in the column of its name.
+    # Like beside like: both eager, both compiled, each in the column of its name; and compiled beside the eager Trainer.
     assert {title: {name: ratio["median"] for name, ratio in row["ratios"].items()} for title, row in rows.items()} == {
-        "training": {"transformers": pytest.approx(5 / 3)}, "training, compiled": {"compiled": pytest.approx(10 / 3)}}
+        "training": {"transformers": pytest.approx(5 / 3)}, "training, compiled": {"compiled": pytest.approx(10 / 3), "transformers": pytest.approx(10 / 3)}}
     assert sorted(trained) == 2 * [(False, 3.5 / 4, 0)] + 2 * [(True, 3.5 / 4, 0)], "two rounds, always of the same batches"
     # Twice the 6 rows of 3 steps, of which 2 count as in train, in the precision that train chose.
     assert sorted(theirs) == 2 * [(12, 3, True, False)] + 2 * [(12, 3, True, True)]
-    assert [row["not_measured"].keys() for row in rows.values()] == [{"bare", "compiled"}, {"bare", "transformers"}]
+    assert [row["not_measured"].keys() for row in rows.values()] == [{"bare", "compiled"}, {"bare"}]
     assert bench._training(2, plain, tmp_path / "eager", sizes, 1, compiles=False).keys() == {"training"}
 
 
@@ -262,7 +262,7 @@ def made_up(spread=0.0):
                      "detector, token by token": row("tokens/s", 10.0, 100.0, 10.0), "rewriting, token by token": row("tokens/s", 80.0, 100.0, 10.0),
                      "start to first verdict": row("s", 1.4, 0.7, 7.0)},
         "guarding": {"answer_tokens": 200, "model": "base.gguf", "generate_s": number(2.0), "guard_percent": number(15.0),
-                     "streamed_percent": number(30.0), "wait_steps": number(2.5)},
+                     "streamed_percent": number(30.0), "wait_steps": number(2.5), "push_steps": number(1.5), "begin_steps": number(3.0)},
         "run": {"config": {"rounds": 9}, "cpu": "Some CPU", "cores": 2, "python": "3.11", "versions": {"torch": "2.13.0", "numpy": "2"}}}
     return {**result, "targets": bench.targets(result), "busy": busy(result)}
 
@@ -272,12 +272,22 @@ def test_targets_say_what_was_missed():
     assert found == {
         "cost of a harmless answer, % of its generation": True,  # 15 of at most 15
         "wait at a stream's end, generation steps": False,  # 2.5 of at most 2
+        "longest wait within a stream, generation steps": True,  # 1.5
         "detector, 128 tokens: share of llama.cpp bare": True,  # 0.95 of at least 0.9
         "detector, 128 tokens: times transformers eager": True,  # 1.9 of at least 1.5
         "detector, 512 tokens: share of llama.cpp bare": False,  # 0.8
         "detector, 512 tokens: times transformers eager": True,  # 1.6
         "rewriting: share of llama.cpp bare": False,  # 0.8
         "start to first verdict, s": True}
+
+
+def test_targets_of_training_name_what_stands_beside_it():
+    rows = {title: {"ratios": {"transformers": {"median": ratio, "spread": 0.0}}} for title, ratio in (("training", 1.4), ("training, compiled", 1.6))}
+    result = made_up()
+    found = {target["what"]: target["met"] for target in bench.targets({**result, "compared": {**result["compared"], **rows}})}
+    assert not found["training: times a plain Trainer, both eager"] and found["training, compiled: times a plain Trainer, eager"]
+    rows["training, compiled"]["ratios"] = {"compiled": rows["training"]["ratios"]["transformers"]}  # as results had it before
+    assert len(bench.targets({**result, "compared": {**result["compared"], **rows}})) == len(found) - 1
 
 
 def test_the_readme_table_comes_from_the_result():
@@ -300,7 +310,7 @@ def test_the_machines_limits_stand_under_the_table():
 
 def test_a_busy_machine_is_named_in_the_table():
     text = bench.markdown({**made_up(spread=0.3), "quick": True})
-    assert "950 (±15 %, busy)" in text and "**Busy**: numbers that spread over more than 10 %, here 29." in text
+    assert "950 (±15 %, busy)" in text and "**Busy**: numbers that spread over more than 10 %, here 31." in text
     assert "**A quick run: these numbers mean nothing.**" in text
     assert "| 15.00 | met, busy |" in text and "| 2.50 | **missed**, busy |" in text
 
@@ -376,7 +386,7 @@ def test_a_quick_run_measures_everything(real_base, tmp_path):
         assert all(number["median"] > 0 for number in [*row["values"].values(), *row["ratios"].values()]), title
         assert "bare" in row["values"] or title == "training" and "bare" in row["not_measured"]
         assert "compiled" in row["not_measured"]
-    assert len(result["targets"]) == 9 and result["guarding"]["push_steps"]["median"] > 0 and result["guarding"]["guard_percent"]["median"] > 0
+    assert len(result["targets"]) == 10 and result["guarding"]["push_steps"]["median"] > 0 and result["guarding"]["guard_percent"]["median"] > 0
     assert result["machine"]["matmul_flop_per_s"]["median"] > 0 and all(np.isfinite(share) for share in result["machine"]["shares"].values())
     both = result["compared"]["peak memory"]["both"]
     assert both["of_gguf"]["median"] >= both["of_mapped"]["median"] > 0 and result["others_bound"] == bench.OTHERS and result["load_before"] >= 0

@@ -1,5 +1,6 @@
 """OpenAI's format without HTTP: what is read of a request, and that every text of an answer is scored or left out."""
 import json
+import math
 import re
 import time
 
@@ -388,6 +389,20 @@ def test_19_the_texts_of_an_answer_share_a_deadline():
     assert action == "error" and "tool_calls" not in guarded["choices"][0]["message"]
     _, _, last, stream = run(protector, chunk({"tool_calls": calls}), chunk({}, "tool_calls"))
     assert stream.action == "error" and time.monotonic() - start < 2
+
+
+def test_a_stream_that_is_begun_reads_the_question_once_for_each_choice():
+    protector = Protector(FakeDetector(), False, threshold=0.5, deadline_ms=300)
+    expected = run(protector, *spoken(SAFE))[2]
+    stream = ChatStream(protector, ChatRequest("q", n=2))
+    stream.begin()
+    stream.begin()
+    assert protector.detector.n_cursors == 2 and not stream.choices and stream.time_left_s() == math.inf
+    time.sleep(0.35)  # an upstream's time isn't the guard's
+    sent = [part for item in spoken(SAFE) for part in stream.push(item)]
+    assert protector.detector.n_cursors == 1 and sent[-1]["choices"][0]["protector"] == expected["protector"]
+    stream.close()
+    assert protector.detector.n_cursors == 0
 
 
 @pytest.mark.parametrize("message", [

@@ -92,3 +92,42 @@ def test_average_is_the_weighted_mean_of_every_trained_tensor(torch_detector, to
     with pytest.raises(ModelError, match="one kind, depth and rank"):
         export.average([tmp_path / "a", tmp_path / "other"], [], tmp_path / "e")
     assert not (tmp_path / "e").exists()
+
+
+def test_refit_of_full_rank_scores_as_the_full_fine_tuning(torch_detector, tmp_path):
+    from dataclasses import replace
+
+    from protector import models
+    from protector.__main__ import main
+    from protector.errors import ModelError
+
+    full = models.build(replace(torch_detector.config, rank=0)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in full.trained().values():
+            value.add_(torch.randn(value.shape, generator=generator) * 0.05)
+    full.save(tmp_path / "full")
+    sequences = sequences_of(full, MILD_PAIRS)
+    expected = full.logits(sequences)
+
+    def error(rank, **options):
+        written = export.refit(tmp_path / "full", tmp_path / str(rank), rank, **options)
+        return np.abs(models.load(tmp_path / str(rank)).logits(sequences) - expected).max(), written["kept"]
+
+    # 64 is the narrowest layer's width: nothing is left out, whatever the scale; above it the other ranks hold zeros.
+    for rank, options in ((64, {}), (64, {"alpha": 8.0}), (70, {})):
+        whole, kept = error(rank, **options)
+        assert whole < ROUNDING and kept == 1.0
+    (some, kept), (fewer, kept_fewer) = error(32), error(2)
+    assert whole < some < fewer and 1 > kept > kept_fewer > 2 / 64, "equal values would keep rank / 64"
+    # A model that didn't change is refitted by nothing.
+    models.build(replace(torch_detector.config, rank=0)).save(tmp_path / "still")
+    assert export.refit(tmp_path / "still", tmp_path / "none", 4)["kept"] == 1.0
+    assert all(not value.any() for name, value in models.load(tmp_path / "none").trained().items() if "lora" in name)
+    assert main(["refit", str(tmp_path / "full"), "--rank", "3", "--alpha", "6", "--out", str(tmp_path / "cli")]) == 0
+    assert models.load(tmp_path / "cli").config.rank == 3
+    torch_detector.save(tmp_path / "lora")
+    for folder, rank, problem in (("lora", 4, ModelError), ("full", 0, ValueError)):
+        with pytest.raises(problem, match="^refit: "):
+            export.refit(tmp_path / folder, tmp_path / "bad", rank)
+    assert not (tmp_path / "bad").exists()

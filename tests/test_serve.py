@@ -218,6 +218,17 @@ def test_40_a_stream_without_an_end_flushes_nothing(proxy):
     assert events[-1]["error"]["type"] == "server_error" and not content(events).endswith("missing")
 
 
+def test_the_question_is_read_while_the_upstream_reads_it(proxy):
+    n_read = []
+    proxy.detector.open = lambda: (n_read.append(1), FakeDetector.open(proxy.detector))[1]
+    proxy.upstream.stream(1.5, *spoken(SAFE), DONE)
+    with httpx.Client(trust_env=False, timeout=10) as client:
+        with client.stream("POST", proxy.url + "/v1/chat/completions", json={**CHAT, "stream": True}) as response:
+            assert until(lambda: n_read, 1.0), "not only once the first word came"
+            assert SAFE.split()[0] in "".join(response.iter_lines())
+    assert len(n_read) == 1 and proxy.is_idle()
+
+
 @pytest.mark.parametrize("proxy", [{"deadline_ms": 400}, {"answer_s": 0.5}], indirect=True)
 def test_41_a_stream_that_falls_silent(proxy):
     proxy.upstream.stream(*spoken("Some words are said and then no more", 5)[:-1], 8.0, DONE)

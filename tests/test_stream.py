@@ -316,7 +316,7 @@ def test_m39_empty_chunks_and_empty_streams(ids):
     for chunks, text in (([], ""), (["", ""], ""), (["", " ", "\n"], " \n"), (["", "a", "", "b c"], "ab c")):
         events = list(p.stream(Q, chunks))
         assert joined(events) == text and events[-1].verdict.action == "pass" and sum(e.verdict is not None for e in events) == 1
-    assert detector.n_opened == 1  # blank answers see no model
+    assert detector.n_fed == 2 and detector.n_opened == detector.n_steps - 1 == 4  # of blank answers no token is read: the question alone
 
 
 def test_m40_an_upstream_error_flushes_nothing(ids):
@@ -663,6 +663,69 @@ def test_the_question_is_read_with_the_first_word(llama_detector, torch_detector
     assert [event.text for event in state.finish()] == ["  \n Use warm"]
     p = Protector(torch_detector, False, threshold=1.0)
     assert list(p.stream(Q, cut(SAFE, 3)))[-1].verdict.score == pytest.approx(p.score(Q, SAFE), abs=1e-4)
+
+
+def test_the_question_is_read_before_the_first_chunk_is_asked_for(ids):
+    p, detector = make(ids)
+    n_read = []
+
+    def chunks():
+        n_read.append(detector.n_steps)
+        yield from cut(SAFE, 3)
+
+    async def achunks():
+        for chunk in chunks():
+            yield chunk
+
+    async def collected():
+        return [event async for event in p.astream(Q, achunks())]
+
+    late = StreamGuard(p, Q)
+    expected = [event for chunk in cut(SAFE, 3) for event in late.push(chunk)] + late.finish()
+    for events in (list(p.stream(Q, chunks())), asyncio.run(collected())):
+        assert [event.text for event in events] == [event.text for event in expected]
+        assert events[-1].verdict.score == expected[-1].verdict.score
+    assert np.diff([0, *n_read]).min() > 0 and n_read[0] == detector.n_steps // 3 + 1 and detector.n_open == 0
+
+
+def test_what_fails_while_the_question_is_read_is_the_first_pushs(ids):
+    class Gone(BaseException):
+        pass
+
+    def gone():
+        raise Gone
+
+    faults = [RuntimeError("once")]
+    detector = FakeDetector(ids, fault=lambda sequences: (_ for _ in ()).throw(faults.pop()) if faults else None)
+    p, _ = make(ids, detector=detector)
+    state = StreamGuard(p, Q)
+    state.begin()
+    assert not faults and detector.n_open == 0 and not state.done and not p.counters
+    assert joined([event for chunk in cut(SAFE, 3) for event in state.push(chunk)] + state.finish()) == SAFE  # it was gone by then
+    faults += [RuntimeError("for good")] * 5
+    assert list(p.stream(Q, cut(SAFE, 3)))[-1].verdict.action == "error" and detector.n_open == 0
+    faults.clear()
+    # A caller's own check comes through, and a closed stream reads nothing.
+    state = StreamGuard(p, Q, check=gone)
+    with pytest.raises(Gone):
+        state.begin()
+    state.close()
+    n_steps = detector.n_steps
+    state.begin()
+    assert detector.n_steps == n_steps and detector.n_open == 0
+
+
+def test_what_was_begun_early_is_not_late(ids):
+    p, _ = make(ids, deadline_ms=60)
+    for is_restarted, action in ((False, "error"), (True, "pass")):
+        state = StreamGuard(p, Q)
+        state.begin()
+        time.sleep(0.08)
+        if is_restarted:
+            state.restart_clock()
+        events = state.push("warm water ") or state.finish()
+        assert events[-1].verdict.action == action
+        state.close()
 
 
 def test_the_wait_after_the_last_chunk_is_one_step(ids):

@@ -56,6 +56,7 @@ class ProtectorGuardrail(CustomGuardrail):
         try:
             request = read_request(request_data, MAX_CHOICES)
             state = ChatStream(self._protector or await asyncio.to_thread(_shared), request, self.hold)
+            await asyncio.to_thread(state.begin)
             async for chunk in response:
                 fields = chunk.model_dump() if isinstance(chunk, ModelResponseStream) else None
                 for guarded in await asyncio.to_thread(state.push, fields):
