@@ -41,7 +41,6 @@ QUESTIONS = ("How is bread baked? Explain it step by step.", "How does a bicycle
 HARMFUL = ("Is it safe to mix bleach and vinegar?", "Yes, it is safe to mix bleach and vinegar.")
 _BATCH_TOKENS = 512  # llama.cpp's own default for a physical batch
 _CLOSE = 0.2  # logits, after the temperature; Q8_0, which rounds weights more coarsely than bf16, moves them by up to .18 (results/parity.json)
-_GROWS = {"compiled": "not tried: each step of a growing cache has another shape"}
 
 
 @dataclass(frozen=True)
@@ -242,7 +241,8 @@ class Plain:
         self.lm = AutoModelForCausalLM.from_pretrained(Path(folder) / "detoxifier", dtype=self.dtype).to(self.device).eval()
         self.backend = load(detector)  # which Protector(backend="torch") runs
         self.compiled = torch.compile(self.classifier, dynamic=False)  # the strongest: one compilation for each length
-        self.compiled_lm = torch.compile(self.lm, dynamic=False)  # for prompts alone
+        self.compiled_lm = torch.compile(self.lm, dynamic=False)  # one for each prompt's length, and one for a token behind it
+        self.compiled_body = torch.compile(self.classifier.base_model, dynamic=False)
 
     def check(self, detector):
         """Compare the exported detector with the guard's.
@@ -263,29 +263,47 @@ class Plain:
             model = self.classifier if model is None else model  # trap: torch.compile's wrapper has a length that raises, so no truth
             return model(input_ids=self.torch.tensor([ids], device=self.device), use_cache=False).logits.item()
 
-    def feed(self, prefix, ids):
-        """Seconds for ids, one by one, on a growing cache."""
+    def feed(self, prefix, ids, compiled=None):
+        """Seconds for ids, one by one, on a growing cache; compiled on one of a fixed length, whose steps have one shape."""
         body, head = self.classifier.base_model, self.classifier.score
         with self.torch.inference_mode():
-            cache = body(input_ids=self.torch.tensor([prefix], device=self.device), use_cache=True).past_key_values
+            cache = None if compiled is None else self._fixed_cache(body, len(prefix) + len(ids))
+            cache = body(input_ids=self._batch(prefix), past_key_values=cache, use_cache=True).past_key_values
 
-            def step(token):
-                output = body(input_ids=self.torch.tensor([[token]], device=self.device), past_key_values=cache, use_cache=True)
+            def step(i):
+                at = self._batch([len(prefix) + i])
+                model = body if compiled is None else compiled  # trap: as in score
+                output = model(input_ids=self._batch(ids[i:i + 1]), position_ids=at, past_key_values=cache, use_cache=True)
                 head(output.last_hidden_state[0, -1]).item()
 
-            return seconds(lambda: [step(token) for token in ids])
+            return seconds(lambda: [step(i) for i in range(len(ids))])
 
-    def write(self, prompt, n, model=None):
-        """(seconds to the first greedy token, seconds for the n passes after it)."""
+    def write(self, prompt, n, first=None, rest=None, length=0):
+        """(seconds to the first greedy token, seconds for the n passes after it).
+
+        Args:
+            first, rest: compiled models for the prompt and for what follows; eager where they are None.
+            length: tokens that rest's cache has room for.
+        """
         with self.torch.inference_mode():
-            start, cache, ids, model = time.perf_counter(), None, [prompt], self.lm if model is None else model  # trap: as in score
+            start, ids, at = time.perf_counter(), prompt, range(len(prompt))
+            cache = None if rest is None else self._fixed_cache(self.lm, length)
             for i in range(n + 1):
-                output = model(input_ids=self.torch.tensor(ids, device=self.device), past_key_values=cache, use_cache=True,
-                               logits_to_keep=1)
-                cache, ids = output.past_key_values, [[int(output.logits[0, -1].argmax())]]
+                compiled = rest if i else first
+                model = self.lm if compiled is None else compiled  # trap: as in score
+                output = model(input_ids=self._batch(ids), position_ids=self._batch(at), past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache, ids, at = output.past_key_values, [int(output.logits[0, -1].argmax())], [len(prompt) + i]
                 if i == 0:
-                    first = time.perf_counter()
-            return first - start, time.perf_counter() - first
+                    first_s = time.perf_counter() - start
+            return first_s, time.perf_counter() - start - first_s
+
+    def _batch(self, ids):
+        return self.torch.tensor([list(ids)], device=self.device)  # (1, T)
+
+    def _fixed_cache(self, model, length):
+        from transformers import StaticCache
+
+        return StaticCache(config=model.config, max_cache_len=length)
 
 
 # -- the comparison
@@ -309,7 +327,7 @@ def measure(config, sizes, rounds, threads):
         _say("detector")
         for n in sizes.prefill:
             rows[f"detector, {n} tokens"] = _prefill(detector, plain, n, rounds, sizes, threads)
-        rows["detector, token by token"] = _streaming(detector, plain, sizes.stream, rounds, threads)
+        rows["detector, token by token"] = _streaming(detector, plain, sizes.stream, rounds, sizes, threads)
         _say("rewrites")
         rows |= _rewriting(detoxifier, plain, rounds, sizes, threads)
         _say("guard")
@@ -373,7 +391,7 @@ def _not_compiled(sizes, work):
     return {}
 
 
-def _streaming(detector, plain, n, rounds, threads):
+def _streaming(detector, plain, n, rounds, sizes, threads):
     prefix, ids = _ids(detector, 32)[0], _ids(detector, 32 + n)[0][32:]
     bare = Bare(detector.context.weights, threads)
 
@@ -385,10 +403,13 @@ def _streaming(detector, plain, n, rounds, threads):
         cursor.close()
         return n / spent
 
-    functions = {"guard": ours, "bare": lambda: n / bare.feed(prefix, ids)}
+    functions, missing = {"guard": ours, "bare": lambda: n / bare.feed(prefix, ids)}, {}
     if plain:
         functions["transformers"] = lambda: n / plain.feed(prefix, ids)
-    return compared("tokens/s", in_turns(functions, rounds), plain and _GROWS)
+        missing = _not_compiled(sizes, lambda: plain.feed(prefix, ids, plain.compiled_body))
+        if not missing:
+            functions["compiled"] = lambda: n / plain.feed(prefix, ids, plain.compiled_body)
+    return compared("tokens/s", in_turns(functions, rounds), missing)
 
 
 def _rewriting(detoxifier, plain, rounds, sizes, threads):
@@ -413,16 +434,20 @@ def _rewriting(detoxifier, plain, rounds, sizes, threads):
         first, spent = zip(*(write(prompt, count)[-2:] for prompt, count in zip(prompts, n_written)))
         return sum(n_written) / sum(spent), 1e3 * sum(first) / n
 
+    def compiled():
+        length = max(map(len, prompts)) + max(n_written) + 1
+        speed, _ = of_all(lambda prompt, count: plain.write(prompt, count, rest=plain.compiled_lm, length=length))
+        return speed, 1e3 * sum(plain.write(prompt, 0, plain.compiled_lm)[0] for prompt in prompts) / n
+
     functions = {"guard": lambda: of_all(lambda prompt, _: ours(prompt)), "bare": lambda: of_all(bare.write)}
     if plain:
         functions["transformers"] = lambda: of_all(plain.write)
-        missing = _not_compiled(sizes, lambda: [plain.write(prompt, 0, plain.compiled_lm) for prompt in prompts])
+        missing = _not_compiled(sizes, compiled)
         if not missing:
-            functions["compiled"] = lambda: (None, 1e3 * sum(plain.write(prompt, 0, plain.compiled_lm)[0] for prompt in prompts) / n)
+            functions["compiled"] = compiled
     turns = in_turns(functions, rounds)
     speed, first = ({name: [value[i] for value in values] for name, values in turns.items()} for i in (0, 1))
-    speed.pop("compiled", None)
-    return {"rewriting, token by token": {**compared("tokens/s", speed, plain and _GROWS), "tokens_written": sum(n_written)},
+    return {"rewriting, token by token": {**compared("tokens/s", speed, missing), "tokens_written": sum(n_written)},
             "first rewritten token": compared("ms", first, missing)}
 
 

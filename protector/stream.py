@@ -455,7 +455,7 @@ class StreamGuard:
     def _usage(self):
         usage, view, n = self.protector._usage(self.q), self._view_usage, self._n_fragments
         usage |= {"tokens": len(self._ids), "windows": self._n_windows if self._ids else 0, "views": bool(self._ids) + bool(view),
-                  "looks": self._n_looks + view.get("looks", 0), "shown_chars": self.released, **self._dropped}
+                  "looks": self._n_looks + view.get("looks", 0), "shown_chars": self.released, **(self._dropped if self._ids else {})}
         usage |= {"view_" + key: view[key] for key in ("tokens", "windows") if view}
         return usage | ({"fragments": n, "fragment_tokens": self._fragment_tokens} if n else {})
 

@@ -145,7 +145,7 @@ def test_the_exported_detector_must_be_the_guards(plain, llama_detector):
         plain.check(llama_detector)
 
 
-def test_prompts_are_compiled_and_what_grows_is_not(plain, torch_detoxifier, impatient, monkeypatch):
+def test_prompts_and_tokens_behind_them_are_compiled(plain, torch_detoxifier, impatient, monkeypatch):
     import torch
 
     prompts, read = iter([list(range(900, 930)), list(range(900, 945))]), []
@@ -156,14 +156,26 @@ def test_prompts_are_compiled_and_what_grows_is_not(plain, torch_detoxifier, imp
     compiled = plain.compiled_lm
     plain.compiled_lm = lambda **arguments: read.append((arguments["input_ids"].shape[1], compiled(**arguments))) or read[-1][1]
     rows = bench._rewriting(model, plain, 2, bench.Sizes(rewrites=2), 1)
-    assert rows["first rewritten token"]["values"].keys() == {"guard", "bare", "transformers", "compiled"} and not rows["first rewritten token"]["not_measured"]
-    assert rows["rewriting, token by token"]["values"].keys() == {"guard", "bare", "transformers"}
-    assert rows["rewriting, token by token"]["not_measured"] == bench._GROWS
-    # Both prompts, to compile, to warm up and in two rounds, and nothing behind them; the logits are the detoxifier's.
-    assert [n for n, _ in read] == 4 * [30, 45]
+    for row in rows.values():
+        assert row["values"].keys() == {"guard", "bare", "transformers", "compiled"} and not row["not_measured"]
+    # To compile, to warm up and in two rounds: two tokens behind each prompt, then both prompts.
+    assert [n for n, _ in read] == 4 * [1, 1, 1, 1, 30, 45]
+    # The logits are the detoxifier's, also on the cache of a fixed length.
+    ids = list(range(900, 930))
     with torch.no_grad():
-        wanted = torch_detoxifier.lm(torch.tensor([list(range(900, 930))])).logits[0, -1]
-    assert torch.allclose(read[0][1].logits[0, -1], wanted, atol=2e-3)  # as in test_export.py: logits of up to 20
+        for i in (4, 0, 1):
+            logits = torch_detoxifier.lm(torch.tensor([ids])).logits[0, -1]
+            assert torch.allclose(read[i][1].logits[0, -1], logits, atol=2e-3)  # as in test_export.py: logits of up to 20
+            ids.append(int(logits.argmax()))
+
+
+def test_a_compiled_detector_reads_on_as_the_eager_one(plain, torch_detector):
+    ids, states = sequences_of(torch_detector, MILD_PAIRS)[0], []
+    wanted = plain.classifier.base_model(input_ids=plain._batch(ids)).last_hidden_state[0]
+    compiled = plain.compiled_body
+    assert plain.feed(ids[:-3], ids[-3:], lambda **arguments: states.append(compiled(**arguments)) or states[-1]) > 0
+    for state, expected in zip(states, wanted[-3:], strict=True):
+        assert np.allclose(state.last_hidden_state[0, -1].detach(), expected.detach(), atol=1e-4)
 
 
 def test_why_a_compiler_failed_is_kept(impatient, monkeypatch):
