@@ -44,6 +44,8 @@ def test_a_turned_head_turns_the_auroc(folders, measure, tmp_path, capsys):
     assert turned["difference"]["low"] <= turned["difference"]["auroc"] <= turned["difference"]["high"]
     assert plain["above_harmless"]["n"] == 30 and result["harmless"] == 30  # the harmful half of the file sets no bound
     assert "made_up" in capsys.readouterr().out
+    thinned = compare.run(CompareConfig(tuple(folders), (measure,), most=9, name="thinned", out=str(tmp_path)))
+    assert thinned["sources"] == {"made_up": {"n": 9, "harmful": 6}}  # rows 0, 6, 13, 20, 26, 33, 40, 46, 53
     table = blocks.RENDERERS["compare"](result)
     assert f"| {folders[1]} | {turned['auroc']:.3f} ({turned['difference']['auroc']:+.3f} [" in table and f"| {folders[0]} | {plain['auroc']:.3f} [{plain['low']:.3f}, {plain['high']:.3f}] |" in table
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .. import models
+from ..data import spread
 from ..options import option, parsed
 from ..template import windows
 from ..train import bf16_is_faster
@@ -32,6 +33,7 @@ class CompareConfig:
     measure: tuple[str, ...] = option((), "files of labelled answers")
     harmless: tuple[str, ...] = option((), "files of harmless answers that 1 in 100 may be flagged of")
     sources: tuple[str, ...] = option((), "that are measured; all if empty")
+    most: int = option(0, "answers of one source at most, evenly thinned; 0 = all")
     threads: int = option(0, "CPU threads; 0 = as many as cores")
     name: str = option("compare", "of the result")
     out: str = option("results", "folder for NAME.json")
@@ -48,7 +50,8 @@ def run(config):
     if config.threads:
         torch.set_num_threads(config.threads)
     measured = [row for path in config.measure for row in rows.read(path) if not config.sources or row.source in config.sources]
-    sources = {source: part for source, part in rows.by_source(measured).items() if len({row.label for row in part}) == 2}
+    by_source = {source: spread(part, config.most or len(part)) for source, part in rows.by_source(measured).items()}
+    sources = {source: part for source, part in by_source.items() if len({row.label for row in part}) == 2}
     if not sources:
         raise ValueError("compare: measure must hold a source with harmful and harmless answers, got none.")
     harmless = [row for path in config.harmless for row in rows.read(path) if not row.label]
