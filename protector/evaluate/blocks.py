@@ -280,7 +280,7 @@ def _head(result):
              f"{cell['eager_over_twin']:.1f}", f"{cell['eager_without_norm_over_twin']:.1f}"] for name, cell in cells.items()]
     head = ["rows x width", "twin, µs", "through torch, µs", "through NumPy, µs", "eager with RMSNorm / twin", "eager without RMSNorm / twin"]
     machine = result["machine"]
-    return _grid(head, rows, f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}.{_busy(result) if 'busy' in result else ''}")
+    return _grid(head, rows, f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}.{_busy(result)}")
 
 
 def _report(*chosen, title=""):
