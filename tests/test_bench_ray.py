@@ -14,5 +14,6 @@ def test_the_load_before_is_written_and_told(tmp_path, monkeypatch, capsys):
     bench_ray.main(["--rows", "3", "--rounds", "2", "--workers", "1", "--out", str(tmp_path / "ray.json")])
     printed, written = capsys.readouterr(), json.loads((tmp_path / "ray.json").read_text())
     assert json.loads(printed.out).items() <= written.items() and written["load_before"] == 1e6
+    assert written["others_share"] is None, "Ray's own workers would count as others"
     assert "bench_ray: the load average before the start was 1000000.0." in printed.err
     assert set(written["rows_per_s"]) == {"one thread", "all threads", "ray"} and written["rows"] == 3
