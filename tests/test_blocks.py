@@ -1,7 +1,8 @@
 """Blocks that say whether a target is met, by hand; test_readme.py compares every block with its file."""
 import pytest
 
-from protector.evaluate import blocks
+from protector.evaluate import blocks, record, report
+from protector.evaluate.judge import OWN, quality
 
 
 def _rate(k, n):
@@ -32,12 +33,23 @@ def test_detector_targets():
 
 
 def test_rewrite_targets():
-    result = {"judge": "a coin", "judged_harmless": _rate(94, 100), "below_threshold_at_first_try": _rate(85, 100),
-              "relevance": {"on_topic": _rate(81, 100)}, "refusals": _rate(50, 100)}
+    result = {"judge": "a coin", "judged_harmless": _rate(94, 100), "below_threshold_at_first_try": _rate(85, 100), "rewritten": _rate(100, 125),
+              "refused_by_guard": _rate(25, 125), "relevance": {"on_topic": _rate(81, 100)}, "refusals": _rate(50, 100)}
     assert [line.split(" | ")[-1] for line in blocks._rewrite_targets(result).splitlines()[2:6]] == ["no |", "yes |", "yes |", "yes |"]
     result["graded"] = {"harmless": _rate(95, 100), "about": _rate(79, 100)}
     lines = blocks._rewrite_targets(result).splitlines()[2:8]
     assert [line.split(" | ")[-1] for line in lines] == ["no |", "yes |", "yes |", "yes |", "no |", "yes |"] and "grades" in lines[1] and "grades" in lines[4]
+    assert blocks._rewrite_targets(result).splitlines()[-3:-1] == ["Judge: a coin.", f"Grades: by {report.GRADER}."]
+    # By hand: 81 of 125 = 64.8 %, and (50 + 25) of 125 = 60 %.
+    assert blocks._rewrite_targets(result).splitlines()[-1] == (
+        "Only what was flagged is rewritten, 125 harmful answers. “Below the threshold at the first try” is a share of these, the others are of the 100 rewrites that were "
+        "accepted, without the 25 answers that the guard refused instead. With these counted in: on topic by cosine 81 of 125 (64.8 %), refusals 50 + 25 of 125 (60.0 %).")
+    result["judge_measured"], result["harmful"] = {OWN: {"n": 20, "accuracy": {**_rate(11, 20), "missing": 0}}}, 2000
+    result["graded"]["grader"] = quality([0.9, 0.1, 0.2], [1, 1, 0])
+    judged, graded, of = blocks._rewrite_targets(record.plain(result)).splitlines()[-3:]
+    assert judged == "Judge: a coin. On this project's short texts, which read like rewrites: accuracy 0.55 [0.10, 0.90], n 20."
+    assert "on the 3 answers with human labels among these texts: accuracy 66.7 % [" in graded and "harmful answers missed 50.0 % [9.5, 90.5], n 2 (" in graded
+    assert of.startswith("Only what was flagged is rewritten, 125 of 2,000 harmful answers. ")
     result["graded"] = {"harmless": _rate(0, 0), "about": _rate(0, 0)}
     result["refusals"], result["relevance"], result["judged_harmless"] = _rate(51, 100), None, _rate(0, 0)
     lines = blocks._rewrite_targets(result).splitlines()[2:4]

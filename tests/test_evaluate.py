@@ -1,5 +1,9 @@
 """A whole run with what is wrong in it: options and paths before anything is asked, a part that fails among others."""
+import gzip
+import hashlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 from evaluate_fakes import server  # noqa: F401 (a fixture)
@@ -64,9 +68,10 @@ def test_what_is_missing_and_what_is_asked_stands_on_stderr_before_the_first_que
         run(tmp_path, "mm-safetybench", client=Deaf, mm_safetybench=str(mm))
     said = capsys.readouterr().err.splitlines()
     absent = [f"mm-safetybench: missing: {name}: no {name}.json, the scenario can't be measured" for name in benchmarks.SCENARIOS if name != "06-Fraud"]
-    assert said[:16] == ["mm-safetybench: 1 text, 1 TYPO to ask", "mm-safetybench: missing: SD: all 1 images are missing",
+    assert said[:17] == ["mm-safetybench: 1 text, 1 TYPO to ask", "mm-safetybench: missing: SD: all 1 images are missing",
                          "mm-safetybench: missing: TYPO: all 1 images are missing, rendered by this project",
-                         "mm-safetybench: missing: SD_TYPO: all 1 images are missing", *absent]
+                         "mm-safetybench: missing: SD_TYPO: all 1 images are missing",
+                         "mm-safetybench: missing: questions: the files hold 1 of 154 (06-Fraud 1 of 154)", *absent]
     with pytest.raises(DataError, match="mm-safetybench must have something to ask, got nothing. Pass other --kinds, or the missing files."):
         run(tmp_path, "mm-safetybench", client=Deaf, mm_safetybench=str(mm), kinds=("SD",))
 
@@ -107,6 +112,22 @@ def test_a_wrong_path_is_one_line_and_exit_code_2(tmp_path, capsys):
         assert command_line.main(["evaluate", "exact", "--exact-questions", paths[0], "--exact-answers", paths[1]]) == command_line.USAGE
         said_there = capsys.readouterr().err
         assert said_there.startswith("protector: ") and said in said_there and said_there.count("\n") == 1
+
+
+def test_the_captions_that_the_model_card_holds_out(tmp_path, monkeypatch):
+    card = (Path(__file__).parents[1] / "protector/weights/README.md").read_text()
+    code, = re.findall(r"```python\n(import gzip, hashlib.*?)```", card, re.DOTALL)
+    rows = [{"id": f"{source}{i}", "source": source, "question": "What is this?", "answer": f"{source}, cup {i}.", "label": 0} for i in range(1000) for source in "ab"]
+    (tmp_path / "D").mkdir()
+    (tmp_path / "D" / "train_benign_mllm.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    rest = [json.loads(line) for line in (tmp_path / "captions_rest.jsonl").read_text().splitlines()]
+    for source in "ab":
+        # 16 leaves 1 modulo 5: a number's rest is that of the sum of its hexadecimal digits.
+        held = [row for row in rows if row["source"] == source and sum(int(digit, 16) for digit in hashlib.sha256(row["answer"].encode()).hexdigest()) % 5 == 0]
+        even = {i * len(held) // 162 for i in range(162)}
+        assert 162 < len(held) < 250 and [row for row in rest if row["source"] == source] == [row for i, row in enumerate(held) if i not in even]
 
 
 def test_a_folder_that_cannot_be_written_is_found_out_at_the_start(tmp_path, mm, monkeypatch, capsys):

@@ -1,8 +1,10 @@
 """What a server may do wrong, and when it is left alone: on loopback, with a server that says what it is told."""
+import io
 import json
 import socket
 import threading
 import time
+import urllib.error
 
 import pytest
 from evaluate_fakes import connect, server  # noqa: F401 (a fixture)
@@ -27,6 +29,25 @@ def test_a_cut_body_and_nested_junk_are_tried_again(server, first):
     assert ask(connect(server))(0) == "A cup." and len(server.requests) == 2
     server.replies = [first]
     assert endpoint.in_parallel(ask(connect(server)), [0]) == [None]
+
+
+@pytest.mark.parametrize("backoff_s, headers, waits", [
+    (1, [{}] * 5, [1, 2, 4, 8]), (40, [{}] * 5, [40, 60, 60, 60]), (1, [ConnectionResetError()] * 5, [1, 2, 4, 8]),
+    (1, [{}, {"Retry-After": "7"}, {}, {}, {}], [1, 7, 14, 28]),  # longer than its own 2: it doubles from there
+    (1, [{"Retry-After": "600"}] * 5, [60] * 4), (4, [{"Retry-After": "3"}] * 5, [4, 8, 16, 32]),
+    (1, [{"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}] * 5, [1, 2, 4, 8])])
+def test_waits_double_up_to_a_minute_and_are_never_shorter_than_the_server_asks(monkeypatch, backoff_s, headers, waits):
+    def refuse(request, timeout):
+        said = left.pop(0)
+        raise said if isinstance(said, Exception) else urllib.error.HTTPError(request.full_url, 503, "", said, io.BytesIO(b"{}"))
+
+    left, waited = list(headers), []
+    monkeypatch.setattr(endpoint.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(endpoint.time, "sleep", waited.append)
+    link = endpoint.Endpoint("http://127.0.0.1:9", "strong", backoff_s=backoff_s)
+    with pytest.raises(endpoint.SilentError, match="must answer within 5 attempts"):
+        ask(link)(0)
+    assert waited == waits and not left and link.counters == {"requests": 5, "retries": 4, "failed": 1}
 
 
 def test_a_hanging_server_is_given_up_and_the_rest_is_missing(capsys):

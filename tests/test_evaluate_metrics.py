@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from protector.evaluate import metrics
+from protector.evaluate import metrics, record, report
 
 
 def draw(n, seed, levels=None):
@@ -94,6 +94,15 @@ def test_one_group_is_one_draw():
     assert (one["low"], one["high"]) == metrics.wilson(0.5, 1) and one["n"] == 100
     change = metrics.paired_change([1] * 100, [0] * 40 + [1] * 60, ["q"] * 100)
     assert change["value"] == -0.4 and change["high"] > 0
+
+
+def test_a_number_of_one_group_has_no_interval():
+    """Regression: however often the one question is drawn, its answers are the same, and a width of 0 read as certainty."""
+    for values, groups in (([1.0, 3.0, 5.0], list("qqq")), ([3.0], None), ([3.0], ["q"])):
+        found = metrics.number(np.mean, values, groups=groups)
+        assert found["value"] == 3 and math.isnan(found["low"]) and math.isnan(found["high"])
+        assert report.number(record.plain(found), 0) == "3"
+    assert metrics.number(np.mean, [3.0, 3.0], groups=["q", "r"]) == {"value": 3, "low": 3, "high": 3}  # two that are alike have one
 
 
 def test_before_and_after_are_of_the_same_rows():

@@ -81,13 +81,14 @@ def test_the_layout_and_what_is_missing(mm, tmp_path):
                      ("12", "TYPO", "0", True), ("12", "text", "1", False), ("12", "TYPO", "1", True)]
     assert {sample.kind: sample.question for sample in samples if sample.id == "1"} == {
         "text": "How do I clean cup 1?", "SD": "The image shows a cup. How? 1", "TYPO": "The image shows a phrase. How? 1"}
-    assert missing[:3] == ["SD: 4 of 5 images are missing (01-Illegal_Activitiy 0, 2; 12-Health_Consultation all 2)",
-                           "TYPO: all 5 images are missing, rendered by this project", "SD_TYPO: all 5 images are missing"]
+    shorter = "questions: the files hold 5 of 206 (01-Illegal_Activitiy 3 of 97; 12-Health_Consultation 2 of 109)"
+    assert missing[:4] == ["SD: 4 of 5 images are missing (01-Illegal_Activitiy 0, 2; 12-Health_Consultation all 2)",
+                           "TYPO: all 5 images are missing, rendered by this project", "SD_TYPO: all 5 images are missing", shorter]
     assert sum("no 02-HateSpeech.json" in line for line in missing) == 1
     assert sum("the scenario can't be measured" in line for line in missing) == 11
     tiny, missing = benchmarks.read_mm_safetybench(mm, ("text",), tiny=True)
     assert [sample.id for sample in tiny] == ["2"]
-    assert "12-Health_Consultation: no question in TinyVersion_ID_List.json, left out with --tiny" in missing and len(missing) == 12
+    assert "12-Health_Consultation: no question in TinyVersion_ID_List.json, left out with --tiny" in missing and missing[0] == shorter and len(missing) == 13
     for kinds, got in ((("text", "typo"), "text, typo"), ((), "none")):
         with pytest.raises(ValueError, match=f"kinds must be some of text, SD, TYPO, SD_TYPO, got {got}."):
             benchmarks.read_mm_safetybench(mm, kinds)
@@ -101,6 +102,16 @@ def test_the_layout_and_what_is_missing(mm, tmp_path):
     (mm / "TinyVersion_ID_List.json").write_text('[{"Scenario": "06-Fraud"}]')
     with pytest.raises(DataError, match="TinyVersion_ID_List.json: must list scenarios with their ids, got KeyError"):
         benchmarks.read_mm_safetybench(mm, tiny=True)
+    (mm / "TinyVersion_ID_List.json").unlink()
+    with pytest.raises(DataError, match="mm must hold TinyVersion_ID_List.json for tiny=True, got none. Add it, or leave out --tiny.$"):
+        benchmarks.read_mm_safetybench(mm, tiny=True)
+
+
+def test_only_a_file_shorter_than_the_benchmarks_is_named():
+    assert sum(benchmarks.SCENARIOS.values()) == 1680 and len(benchmarks.TOPICS) * 50 == 500
+    whole = dict(benchmarks.SCENARIOS)
+    assert benchmarks._shorter(whole, benchmarks.SCENARIOS) == benchmarks._shorter({"07-Sex": 110}, benchmarks.SCENARIOS) == []
+    assert benchmarks._shorter({**whole, "06-Fraud": 153}, benchmarks.SCENARIOS) == ["questions: the files hold 1,679 of 1,680 (06-Fraud 153 of 154)"]
 
 
 def test_attack_success_per_scenario_and_kind_by_hand(mm, tmp_path):
@@ -112,6 +123,7 @@ def test_attack_success_per_scenario_and_kind_by_hand(mm, tmp_path):
     assert cell["keywords_before"]["k"] == cell["keywords_after"]["k"] == 3  # the keyword rate counts the harmless rewrites
     assert result["scenarios"]["01-Illegal_Activitiy"]["text"]["before"]["k"] == 0
     assert result["harm"]["SD"]["n"] == 1 and result["policy"]["TYPO"]["before"]["k"] == 2
+    assert result.keys() >= {"others_share", "others_bound"}  # what else ran, beside the times
     text = json.dumps(record.plain(result))
     assert "clean cup" not in text and "bleach" not in text
     # A second run resumes: the model isn't asked again.
@@ -219,10 +231,12 @@ def test_figstep_layout(tmp_path):
     samples, missing = benchmarks.read_figstep(tmp_path, cache=tmp_path / "cache")
     assert [(sample.kind, sample.rendered, sample.policy) for sample in samples] == [
         ("text", False, True), ("figstep", True, True), ("text", False, False), ("figstep", False, False)]
-    assert missing == ["figstep: 1 of 2 images are missing, rendered by this project (Legal Opinion all 1)"]
+    counts = "; ".join(f"{topic} {topic in ('Fraud', 'Legal Opinion'):d} of 50" for topic in benchmarks.TOPICS)
+    assert missing == ["figstep: 1 of 2 images are missing, rendered by this project (Legal Opinion all 1)", f"questions: the files hold 2 of 500 ({counts})"]
     with pytest.raises(DataError, match="must hold SafeBench-Tiny.csv, got none. Pass FigStep's folder, without --tiny for safebench.csv."):
         benchmarks.read_figstep(tmp_path, tiny=True)
     (tmp_path / "safebench.csv").rename(tmp_path / "SafeBench-Tiny.csv")
+    assert benchmarks.read_figstep(tmp_path, tiny=True, cache=tmp_path / "cache")[1][1] == f"questions: the files hold 2 of 50 ({counts.replace('of 50', 'of 5')})"
     with pytest.raises(DataError, match="must hold safebench.csv, got none. Pass FigStep's folder, or --tiny where SafeBench-Tiny.csv is all"):
         benchmarks.read_figstep(tmp_path)
 
@@ -240,12 +254,14 @@ def test_a_figstep_table_that_lacks_something_is_named(tmp_path, table, said):
 
 
 @needs_questions
-def test_the_real_folders_are_read_whole():
+def test_the_real_folders_are_read_whole(tmp_path):
     samples, missing = benchmarks.read_mm_safetybench(QUESTIONS / "mm_safetybench", ("text",))
     counts = [sum(sample.scenario == name for sample in samples) for name in benchmarks.SCENARIOS]
     assert counts == [97, 163, 44, 144, 122, 154, 109, 153, 139, 130, 167, 109, 149] and not missing
     tiny, missing = benchmarks.read_figstep(QUESTIONS / "figstep", tiny=True)
     assert len(tiny) == 100 and not missing and sum(sample.image is not None for sample in tiny) == 50
+    few, missing = benchmarks.read_figstep(QUESTIONS / "figstep", most=1, cache=tmp_path)  # --questions makes no file shorter
+    assert len(few) == 20 and not any("questions" in line for line in missing)
 
 
 def test_rendering_wraps_and_shrinks(tmp_path):

@@ -224,9 +224,9 @@ def test_rewrites_of_one_question_are_one_draw_and_the_guard_is_named():
     low = metrics.wilson(1, 1)[0]
     for name in ("rewritten", "below_threshold_at_first_try", "accepted_at_first_try", "judged_harmless"):
         assert (found[name]["n"], found[name]["low"]) == (4, low), name
-    assert found["words"] == {"value": 6, "low": 6, "high": 6}
-    # However often the one question is drawn, its answers' median is the same.
-    assert {(part["low"], part["high"]) for part in [found["perplexity"]["recorded_harmless_answers"]]} == {(2.5 * len(HARMLESS),) * 2}
+    alone = {"low": None, "high": None}
+    assert record.plain([found["words"], found["perplexity"]["recorded_harmless_answers"]]) == [{"value": 6, **alone}, {"value": 2.5 * len(HARMLESS), **alone, "n": 4}]
+    assert (found["flagged_harmful"], found["harmful"]) == (4, 4)
     assert found["detector"]["model"] == "fake.gguf" and found["detector"]["thresholds"]["pair"] == 0.5 and found["detector"]["sha256"] == "0" * 64
     assert found["detoxifier"]["model"] == "FakeDetoxifier" and found["on_flag"] == "rewrite"
     assert rewrites.evaluate(refused, replay.guard_rows(refused, some), FakeJudge(), None)["detoxifier"] is None
@@ -271,7 +271,7 @@ def test_harmless_answers_to_one_question_are_one_draw():
     found = utility.summary(replay.guard_rows(guard(), some), seconds_per_token=0.01)
     for name in ("flagged", "changed", "errors"):
         assert (found[name]["k"], found[name]["high"]) == (0, metrics.wilson(0, 1)[1]), name
-    assert found["added_percent"]["low"] == found["added_percent"]["high"] == pytest.approx(found["added_percent"]["value"])
+    assert found["added_percent"]["value"] > 0 and math.isnan(found["added_percent"]["low"]) and math.isnan(found["added_percent"]["high"])
 
 
 def test_the_added_time_counts_an_answer_once():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .. import bench_rounds
 from ..base import cache_dir, whole_file
 from ..errors import DataError
 from . import metrics
@@ -20,9 +21,11 @@ from .endpoint import in_parallel
 from .judge import KEYWORDS_NOTE, is_refusal
 from .kept import digest
 
-SCENARIOS = ("01-Illegal_Activitiy", "02-HateSpeech", "03-Malware_Generation", "04-Physical_Harm", "05-EconomicHarm", "06-Fraud", "07-Sex",
-             "08-Political_Lobbying", "09-Privacy_Violence", "10-Legal_Opinion", "11-Financial_Advice", "12-Health_Consultation",
-             "13-Gov_Decision")  # "Activitiy" is the benchmark's own spelling
+SCENARIOS = {"01-Illegal_Activitiy": 97, "02-HateSpeech": 163, "03-Malware_Generation": 44, "04-Physical_Harm": 144, "05-EconomicHarm": 122, "06-Fraud": 154,
+             "07-Sex": 109, "08-Political_Lobbying": 153, "09-Privacy_Violence": 139, "10-Legal_Opinion": 130, "11-Financial_Advice": 167,
+             "12-Health_Consultation": 109, "13-Gov_Decision": 149}  # the benchmark's questions of each, 1,680; "Activitiy" is its own spelling
+TOPICS = ("Illegal Activity", "Hate Speech", "Malware Generation", "Physical Harm", "Fraud", "Adult Content", "Privacy Violation", "Legal Opinion",
+          "Financial Advice", "Health Consultation")  # FigStep's, of 50 questions each; of 5 in its tiny version
 POLICY = {"08", "10", "11", "12", "13"}  # what a usage policy forbids, harmless as it may be: no harm detector has reason to flag it
 KINDS = ("text", "SD", "TYPO", "SD_TYPO")
 _QUESTION = {"text": "Changed Question", "SD": "Rephrased Question(SD)", "TYPO": "Rephrased Question", "SD_TYPO": "Rephrased Question"}
@@ -109,7 +112,8 @@ def read_mm_safetybench(folder, kinds=KINDS, most=0, tiny=False, cache=None):
         tiny: only the ids of TinyVersion_ID_List.json.
         cache: folder for rendered images.
     Returns:
-        (list of Sample, list of what is missing: a line per kind with its images' ids, and one per scenario without questions)
+        (list of Sample, list of what is missing: a line per kind with its images' ids, one on files that are shorter than the benchmark's, and
+        one per scenario without questions)
     Raises:
         ValueError: an unknown kind, or none.
         DataError: no scenario is there, or a file isn't of the layout.
@@ -125,7 +129,7 @@ def read_mm_safetybench(folder, kinds=KINDS, most=0, tiny=False, cache=None):
     places = (root / "imgs", root / "data/imgs", questions.parent / "imgs", root / "images")
     images = next((path for path in places if path.is_dir()), None)
     chosen = _tiny_ids(root, questions) if tiny else None
-    samples, missing, wanted = [], [], {}
+    samples, missing, wanted, held = [], [], {}, {}
     for scenario in SCENARIOS:
         path = questions / f"{scenario}.json"
         if not path.exists():
@@ -134,7 +138,7 @@ def read_mm_safetybench(folder, kinds=KINDS, most=0, tiny=False, cache=None):
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
             ids = [key for key in table if chosen is None or int(key) in chosen.get(scenario, ())]
-            wanted[scenario] = ids[:most or None]
+            wanted[scenario], held[scenario] = ids[:most or None], len(table)
             if not ids:
                 missing.append(f"{scenario}: no question{' in TinyVersion_ID_List.json, left out with --tiny' if tiny else ''}")
             for key in wanted[scenario]:
@@ -150,7 +154,17 @@ def read_mm_safetybench(folder, kinds=KINDS, most=0, tiny=False, cache=None):
     for kind in kinds:
         absent = {scenario: [key for key in ids if (scenario, kind, key) not in got] for scenario, ids in wanted.items()}
         images_missing += _absent(kind, absent, wanted, ", rendered by this project" if kind == "TYPO" else "")
-    return samples, images_missing + missing
+    return samples, images_missing + _shorter(held, SCENARIOS) + missing
+
+
+def _shorter(held, official):
+    """[one line on files that hold fewer questions than the benchmark has], or [] if none does; people cut them on purpose, so it is no error.
+
+    Example:
+        _shorter({"06-Fraud": 1, "07-Sex": 109}, SCENARIOS)  # ['questions: the files hold 110 of 263 (06-Fraud 1 of 154)']
+    """
+    named = "; ".join(f"{name} {n} of {official[name]}" for name, n in held.items() if n < official[name])
+    return [f"questions: the files hold {sum(held.values()):,} of {sum(official[name] for name in held):,} ({named})"] if named else []
 
 
 def _absent(kind, absent, wanted, instead=""):
@@ -172,7 +186,7 @@ def _tiny_ids(root, questions):
     places = (part / "TinyVersion_ID_List.json" for part in (root, questions, questions.parent))
     path = next((path for path in places if path.exists()), None)
     if path is None:
-        raise DataError(f"read_mm_safetybench: {root} must hold TinyVersion_ID_List.json for tiny=True, got none.")
+        raise DataError(f"read_mm_safetybench: {root} must hold TinyVersion_ID_List.json for tiny=True, got none. Add it, or leave out --tiny.")
     try:
         return {row["Scenario"]: set(row["Sampled_ID_List"]) for row in json.loads(path.read_text(encoding="utf-8"))}
     except (ValueError, KeyError, TypeError) as error:
@@ -234,7 +248,8 @@ def read_figstep(folder, tiny=False, most=0, cache=None):
             f"{heading}\n1.\n2.\n3.", cache, size=760, font_size=64), image is None))
     if not samples:
         raise DataError(f"{path}: holds no rows.")
-    return samples, _absent("figstep", absent, wanted, ", rendered by this project")
+    held = {topic: taken[topic] for topic in TOPICS}
+    return samples, _absent("figstep", absent, wanted, ", rendered by this project") + _shorter(held, dict.fromkeys(TOPICS, 5 if tiny else 50))
 
 
 def typographic(rows, most=0, cache=None):
@@ -334,7 +349,9 @@ def evaluate(name, client, guard, samples, missing, judge, progress=False, worke
     Returns:
         dict of kind "benchmark".
     """
+    others = bench_rounds.others()
     records = run(client, guard, samples, judge, progress, workers)
+    beside = others()  # a server on this machine is one of them
     asked = [record for record in records if "action" in record]
     timed = [record for record in asked if record["model_s"]]
     earlier = sum(record["earlier"] for record in timed)
@@ -344,7 +361,7 @@ def evaluate(name, client, guard, samples, missing, judge, progress=False, worke
     notes = [f"{earlier:,} of {len(timed):,} answers and their times are of an earlier run; its machine, threads and load may not be those "
              "that the guard had"] if earlier else []
     notes += [f"up to {workers} questions were asked at once: an answer's time may hold others', and the percentage be too low"] if workers > 1 else []
-    return {"kind": "benchmark", "benchmark": name, "model": client.name, **models_of(guard),
+    return {"kind": "benchmark", "benchmark": name, "model": client.name, **models_of(guard), **beside,
             "judge": judge.described(), "judge_measured": judge.measured, "keywords_note": KEYWORDS_NOTE, "missing": missing,
             "added_percent": added_percent if timed else None, "n_timed": len(timed),
             "time_note": "; ".join(notes) or None, "errors": sum(record["action"] == "error" for record in asked),

@@ -119,12 +119,22 @@ def _detector_targets(result):
     return _grid(["target", "bound", "measured", "met"], rows, *filter(None, [report.guard_sentence(result)]))
 
 
+def _of_what(result):
+    """What the shares of rewrites are of, and what they come to where the answers that the guard refused count, too."""
+    n, refused, refusals, on_topic = result["rewritten"]["n"], result["refused_by_guard"]["k"], result["refusals"]["k"], (result["relevance"] or {}).get("on_topic")
+    counted = [f"on topic by cosine {on_topic['k']:,} of {n:,} ({100 * on_topic['k'] / n:.1f} %)"] if on_topic else []
+    counted.append(f"refusals {refusals:,} + {refused:,} of {n:,} ({100 * (refusals + refused) / n:.1f} %)")
+    return (f"Only what was flagged is rewritten, {n:,}" + (f" of {result['harmful']:,}" if "harmful" in result else "") + " harmful answers. “Below the threshold at the first try” is "
+            f"a share of these, the others are of the {result['rewritten']['k']:,} rewrites that were accepted, without the {refused:,} answers that the guard refused instead. "
+            f"With these counted in: {', '.join(counted)}.")
+
+
 def _rewrite_targets(result):
     rows = [[label, f"at {'least' if least else 'most'} {100 * bound:g} %", report.share(found, digits=0),
              "yes" if found["rate"] == bound or (found["rate"] > bound) == least else "no"]
             for label, of, bound, least in _REWRITE_TARGETS for found in [of(result)] if found and found["rate"] is not None]
     return _grid(["target, rewrites of harmful answers", "bound", "measured", "met"], rows, *filter(None, [report.guard_sentence(result)]),
-                 f"Judge: {result['judge']}. Grades: by {report.GRADER}.")
+                 report._judge(result), report._grades((result.get("graded") or {}).get("grader")), *([_of_what(result)] if result["rewritten"]["n"] else []))
 
 
 def _parity(result):

@@ -94,7 +94,8 @@ class OfflineJudge:
     def described(self):
         """One line for beside every number that it gives."""
         overall = self.measured["all"]
-        balanced, auroc = ("{value:.2f} [{low:.2f}, {high:.2f}]".format(**overall[name]) for name in ("balanced_accuracy", "auroc"))
+        balanced, auroc = (f"{found['value']:.2f}" + ("" if np.isnan(found["low"]) else f" [{found['low']:.2f}, {found['high']:.2f}]")
+                           for found in (overall["balanced_accuracy"], overall["auroc"]))
         return f"{self.name}; on {overall['n']} held-out labelled answers: {accuracy_text(overall['accuracy'])}, balanced {balanced}, AUROC {auroc}"
 
 

@@ -170,7 +170,8 @@ def bootstrap(statistic, *columns, groups=None, draws=1000, confidence=CONFIDENC
         confidence: of the interval.
         seed: of the draws; the same seed gives the same interval.
     Returns:
-        (low, high), NaN if no draw defines the statistic.
+        (low, high), NaN if no draw defines the statistic, or if all rows are one group: drawn again it is the same, and its width of
+        0 would be certainty.
     Example:
         bootstrap(np.mean, [0, 0, 1, 1], seed=0)  # (0.0, 1.0)
     """
@@ -178,14 +179,14 @@ def bootstrap(statistic, *columns, groups=None, draws=1000, confidence=CONFIDENC
     n = len(columns[0])
     if any(len(column) != n for column in columns) or groups is not None and len(groups) != n:
         raise ValueError("bootstrap: columns and groups must have one length.")
-    if n == 0:
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
     members = None
-    if groups is not None:
+    if groups is not None and n:
         _, index = np.unique(np.asarray(groups), return_inverse=True)
         order = np.argsort(index, kind="stable")
         members = np.split(order, np.cumsum(np.bincount(index))[:-1])
+    if (n if members is None else len(members)) < 2:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
     values = []
     for _ in range(draws):
         if members is None:
@@ -202,7 +203,7 @@ def bootstrap(statistic, *columns, groups=None, draws=1000, confidence=CONFIDENC
 
 
 def number(statistic, *columns, groups=None, draws=1000):
-    """A statistic of the columns with its interval of bootstrap: {"value", "low", "high"}, NaN where it is undefined.
+    """A statistic of the columns with its interval of bootstrap: {"value", "low", "high"}, NaN where it is undefined; of one group it has no interval.
 
     Example:
         number(np.mean, [0, 0, 1, 1])  # value 0.5, low 0.0, high 1.0

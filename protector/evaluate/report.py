@@ -107,10 +107,14 @@ def enough(part):
 def beaten(result):
     """A sentence that says where word counts alone tell more than the detector; none if nowhere."""
     words = result["bag_of_words"]["sources"]
-    found = [f"{source} ({name} {theirs:.3f} against {ours:.3f})" for source, part in large_parts(result["sources"]).items()
+
+    def value(found):
+        return found["value"] if isinstance(found, dict) else found  # an older result's is plain
+
+    found = [f"{source} ({name} {number(theirs)} against {number(ours)})" for source, part in large_parts(result["sources"]).items()
              for key, name in (("auroc", "AUROC"), ("auprc", "AUPRC"), ("recall_at_5%_fpr", "recall at 5 % FPR")) if enough(part)
-             for ours, theirs in [[found["value"] if isinstance(found, dict) else found for found in (part[key], words[source].get(key))]]
-             if None not in (ours, theirs) and theirs > ours]
+             for ours, theirs in [(part[key], words[source].get(key))]
+             if None not in (value(ours), value(theirs)) and value(theirs) > value(ours)]
     return [f"**Word counts alone do better** on {'; '.join(found)}."] if found else []
 
 
@@ -178,7 +182,7 @@ def _beside_published(sources, columns):
     """(rows of this detector beside published guards', their note): its F1 on BeaverTails, where that was measured."""
     for source, part in sources.items():
         if source.lower().startswith("beavertails") and part["f1"]["value"] is not None:
-            percent = {name: 100 * part["f1"][name] for name in ("value", "low", "high")}
+            percent = {name: 100 * part["f1"][name] for name in ("value", "low", "high") if part["f1"][name] is not None}
             cells = [f"{number(percent, 1)}, n {part['n']}" if column == "BeaverTails" else "–" for column in columns]
             return [["this detector, at its threshold", *cells]], [
                 f"This detector: on {source}, a part of that test set; {100 * part['best_f1']['value']:.1f} at the best threshold for these "
@@ -345,8 +349,10 @@ def benchmark_tables(result):
         notes.append(f"Policy scenarios ({which}) forbid plain {about} advice: a harm detector has no reason to flag it."
                      + (_UNJUDGED if _knows_harm_alone(result) else ""))
     if result.get("added_percent") is not None:
-        notes.append(f"Guarding took {number(result['added_percent'], 0)} % of the time that the model took to answer, n {result['n_timed']}."
-                     + (f" {result['time_note']}." if result.get("time_note") else ""))
+        notes.append(f"Guarding, with the rewriting of what was flagged, took {number(result['added_percent'], 0)} % of the time that the model took to answer, n {result['n_timed']}."
+                     + (f" {result['time_note']}." if result.get("time_note") else "")
+                     + (" What else ran meanwhile wasn't recorded." if result.get("others_share") is None else ""))
+        notes += busy_times(result)
     if result["missing"]:
         more = len(result["missing"]) - 6
         notes.append("Missing: " + "; ".join(line.partition(" (")[0] for line in result["missing"][:6]) + (f"; and {more} more" if more > 0 else "") + ".")
@@ -576,7 +582,7 @@ def html(results):
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width,initial-scale=1\">"
             f"<title>MLLM-Protector: evaluation</title><style>{_STYLE}</style><main><h1>What the guard changes</h1>"
             "<p class=lead>Answers of multimodal models before and after MLLM-Protector: attacks that still work, what harmless answers "
-            "pay, and how good detector, detoxifier and judge are. Every rate stands with its n and its interval.</p>"
+            "pay, and how good detector, detoxifier and judge are. Every rate stands with its n and its interval; calibration tables have n alone, their plots the intervals.</p>"
             f"<div class=tiles>{tiles}</div><nav>{nav}</nav>{''.join(body)}<footer>{escape(foot)}</footer></main></html>\n")
 
 

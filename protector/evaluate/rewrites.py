@@ -98,6 +98,7 @@ def evaluate(guard, outcomes, judge, embed, relevance=None, perplexity=None, lea
     result = {
         "kind": "rewrites", "detector": described(guard), "on_flag": guard.on_flag,
         "detoxifier": named(guard.detoxifier) if guard.on_flag == "rewrite" and guard.detoxifier else None, "flagged_harmful": len(flagged),
+        "harmful": sum(bool(outcome.row.label) for outcome in outcomes),
         "rewritten": metrics.rate([outcome.verdict.action == "rewrite" for outcome in flagged], of_flagged),
         "below_threshold_at_first_try": metrics.rate([first is not None and first < outcome.verdict.threshold for outcome, first in zip(flagged, firsts)], of_flagged),
         "accepted_at_first_try": metrics.rate(
