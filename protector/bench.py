@@ -781,7 +781,7 @@ def markdown(result):
         lines += ["", *_limits(result["machine"])]
     guarding = result["guarding"]
     push = f"; before that no push blocks for more than {_number(guarding['push_steps'])}" if "push_steps" in guarding else ""
-    push += f", once the question was read, which takes {_number(guarding['begin_steps'])} while the model reads it" if "begin_steps" in guarding else ""
+    push += f", once the question was read, which takes {_number(guarding['begin_steps'])}: the proxy does it while the model's server reads it, too" if "begin_steps" in guarding else ""
     lines += ["", f"A harmless answer of {guarding['answer_tokens']} tokens, which {guarding['model']} writes in {_number(guarding['generate_s'])} s, costs "
               f"{_number(guarding['guard_percent'])} % more when it is guarded as a whole and {_number(guarding['streamed_percent'])} % as a stream; after the "
               f"last chunk the stream waits {_number(guarding['wait_steps'])} generation steps{push}.", ""]

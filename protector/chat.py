@@ -29,6 +29,7 @@ logger = logging.getLogger("protector")
 ACTIONS = ("pass", "rewrite", "refuse", "error")  # from the mildest
 MAX_EVENT_BYTES = 1 << 20  # of one server-sent event
 MAX_MODEL_CHARS = 200  # of a request's model, which may be said in each chunk of the answer
+BEGUN = 4  # choices whose question is read ahead: an upstream may never send the others
 MAX_CALLS = 128  # tool calls of one choice; all they say together has at most the guard's max_bytes
 _STREAMED = ("reasoning", "content")  # channels; the others wait for the end
 # Field -> channel. Servers name the reasoning one way or the other, or both ways, and clients show it in one box.
@@ -583,14 +584,18 @@ class ChatStream:
         self.protector, self.request, self.hold, self.check = protector, request, hold, check
         self.choices, self.dropped, self._fields, self._out = {}, set(), {}, []
         self._usage, self._has_usage = {}, False  # the latest, and whether one was sent
-        self._begun = {}  # index -> guard of a choice to come
+        self._begun, self._is_closed = {}, False  # index -> guard of a choice to come
 
     def begin(self):
-        """Read the question while the upstream does, for every choice: the first text of each then finds it read. Its time starts with that text."""
-        for index in range(self.request.n):
+        """Read the question while the upstream does, for the first choices: the first text of each then finds it read. Its time starts with that text."""
+        for index in range(min(self.request.n, BEGUN)):
+            if self._is_closed:
+                return
             if index not in self.choices and index not in self._begun:
-                self._begun[index] = self._new_guard()
-                self._begun[index].begin()
+                guard = self._begun[index] = self._new_guard()
+                guard.begin()
+                if self._is_closed:  # from another thread, which may not have seen this one
+                    guard.close()
 
     def guard_of(self, index):
         """The guard of a choice's next channel."""
@@ -688,6 +693,7 @@ class ChatStream:
 
     def close(self):
         """Free the cursors; safe to call at any time, and twice."""
+        self._is_closed = True
         for part in (*self.choices.values(), *self._begun.values()):
             part.close()
 
@@ -855,6 +861,8 @@ class _Choice:
             return
         self.ended, self.stopped = True, reason is None
         self.close()
+        if unused := self.stream._begun.pop(self.index, None):  # no text came
+            unused.close()
         reason = "content_filter" if self.filtered else reason or "stop"
         note = _note(self.protector, self.action, self.flagged, self.stream.dropped, self.score)
         self.stream._send({"choices": [{"index": self.index, "delta": {}, "finish_reason": reason, "protector": note}]})

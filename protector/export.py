@@ -1,6 +1,7 @@
 """From a trained folder to a file that guards: canaries, GGUF, calibration; and to checkpoints for other servers."""
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,55 +93,60 @@ _READS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "i
 def refit(folder, out, rank=16, alpha=32.0):
     """Write a fully fine-tuned detector as one with LoRA adapters: the nearest ones of that rank to the change of every linear layer.
 
-        W' diag(g' / g) - W = U S V^T,    B A alpha / rank = U_r S_r V_r^T                 g, g': weights of the norm before the layer, base and trained
+        W' diag(g') - W diag(g) = U S V^T,    B A alpha / rank = U_r S_r V_r^T diag(1 / g)
 
-    The norms' own change is multiplied into the layers that read them, the last norm's into the head, so that with the full rank the scores stay.
+    g and g' are the weights of the norm before the layer, base and trained, or 1: an input of the norm's counts by how much of it comes through.
+    The last norm's change is multiplied into the head. With the full rank the scores stay.
 
     Args:
-        folder: a detector that `protector train --rank 0` wrote. out: folder to write. rank, alpha: of the adapters.
+        folder: a detector of Llama's layers that `protector train --rank 0` wrote. out: folder to write. rank, alpha: of the adapters.
     Returns:
-        dict with out, rank, and kept, the share of the squared change of all linear layers that the adapters hold.
+        dict with out, rank, and kept, the share of the squared change of all layers' outputs, for inputs that are alike, that the adapters hold.
     Raises:
-        ModelError: another model than a fully fine-tuned detector. ValueError: a rank below 1.
+        ModelError: another model than a fully fine-tuned detector, or one that changed what adapters can't hold. ValueError: a rank or alpha that isn't above 0.
     Source: Eckart & Young, The approximation of one matrix by another of lower rank, 1936.
     """
     import torch
 
     from . import models
 
-    if rank < 1:
-        raise ValueError(f"refit: rank must be 1 or more, got {rank}. Choose a higher one.")
+    if rank < 1 or not 0 < alpha < math.inf:
+        raise ValueError(f"refit: rank and alpha must be above 0, got {rank} and {alpha}. Choose others.")
     full = models.load(folder, "cpu")
     if full.config.kind != "detector" or full.config.rank:
         raise ModelError(f"refit: {folder} must be a detector trained with --rank 0, got a {full.config.kind} of rank {full.config.rank}.")
     fitted = models.build(replace(full.config, rank=rank, alpha=alpha), local=True)
     theirs, bare = dict(full.backbone.named_modules()), fitted.backbone.get_base_model()
-    changed = dict.fromkeys(("all", "kept"), 0.0)
-
-    def gain(name, norm):  # (d,) of the norm's trained weights over the base's; where those are 0 nothing comes through
-        ours = norm.weight
-        return torch.where(ours == 0, 1.0, theirs[name].weight / ours)
-
+    base = {name.replace(".base_layer", ""): value for name, value in bare.named_parameters()}
+    held = re.compile(rf"(^|\.)({'|'.join(('norm', *_READS.values(), *models.LORA_TARGETS))})\.weight$")
+    lost = [name for name, value in full.backbone.named_parameters() if not held.search(name) and not torch.equal(value, base[name])]
+    if lost or bare.config.model_type.startswith("gemma"):  # whose norms scale by 1 + g
+        raise ModelError(f"refit: adapters must hold what the training changed, got {', '.join(lost) or bare.config.model_type}. Export it with --format hf.")
+    change_of, kept_of = 0.0, 0.0
     with torch.no_grad():
         for name, layer in bare.named_modules():
             if not hasattr(layer, "lora_A"):
                 continue
             block, _, kind = name.rpartition(".")
-            wanted = theirs[name].weight
+            wanted, weight, scale = theirs[name].weight, layer.base_layer.weight, 1.0
             if kind in _READS:
                 norm = f"{block.rpartition('.')[0]}.{_READS[kind]}"
-                wanted = wanted * gain(norm, bare.get_submodule(norm))
-            change = wanted - layer.base_layer.weight
-            u, s, v = torch.linalg.svd(change, full_matrices=False)
+                gain = bare.get_submodule(norm).weight
+                wanted, weight, scale = wanted * theirs[norm].weight, weight * gain, _unlike_zero(gain)
+            u, s, v = torch.linalg.svd(wanted - weight, full_matrices=False)
             root = (s[:rank] * (rank / alpha)).sqrt()
             down, up = layer.lora_A["default"].weight.zero_(), layer.lora_B["default"].weight.zero_()  # (rank, in), (out, rank)
-            down[:len(root)], up[:, :len(root)] = root[:, None] * v[:rank], u[:, :rank] * root
-            changed["all"] += float(change.square().sum())
-            changed["kept"] += float(s[:rank].square().sum())
-        fitted.head.weight.copy_(full.head.weight * gain("norm", bare.norm))
+            down[:len(root)], up[:, :len(root)] = root[:, None] * v[:rank] / scale, u[:, :rank] * root
+            change_of, kept_of = change_of + float(s.square().sum()), kept_of + float(s[:rank].square().sum())
+        fitted.head.weight.copy_(full.head.weight * theirs["norm"].weight / _unlike_zero(bare.norm.weight))
         fitted.head.bias.copy_(full.head.bias)
     fitted.save(out)
-    return {"out": str(out), "rank": rank, "kept": round(changed["kept"] / changed["all"], 4) if changed["all"] else 1.0}
+    return {"out": str(out), "rank": rank, "kept": round(kept_of / change_of, 4) if change_of else 1.0}
+
+
+def _unlike_zero(weight):
+    """A norm's weights to divide by: through those that are 0 nothing comes."""
+    return weight.where(weight.abs() > 1e-6, weight.new_tensor(1e-6))
 
 
 def export(model, out, format="adapter", quantisation="Q8_0", base=None, temperature=1.0, shift=0.0):

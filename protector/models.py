@@ -207,8 +207,9 @@ class HarmDetector(_Model):
         depth = config.depth or n_blocks
         backbone.layers = backbone.layers[:depth]
         backbone.config.num_hidden_layers = depth
-        if getattr(backbone.config, "layer_types", None):  # Qwen3's: transformers saves no configuration that names other blocks
-            backbone.config.layer_types = backbone.config.layer_types[:depth]
+        for name in ("layer_types", "mlp_layer_types"):  # Qwen3's and others': transformers saves no configuration that names other blocks
+            if getattr(backbone.config, name, None):
+                setattr(backbone.config, name, getattr(backbone.config, name)[:depth])
         self.config = replace(config, depth=depth)
         self.tokenizer = load_tokenizer(config.backbone, local)
         self.template = Template(self.tokenizer, config.limits)

@@ -139,9 +139,9 @@ class StreamGuard:
         return self._chunks[0] if self._chunks else ""
 
     def begin(self):
-        """Read the question before the answer's first chunk comes, so that no push waits for it: without this the first word's does.
+        """Read the question while an upstream reads it, too, before the answer's first chunk comes: without this the first word's push does.
 
-        An error is left to the first push, which meets it again: an answer that never comes costs nothing but time.
+        A blank answer, which needs no model otherwise, costs that much then. What fails is left to the first push, which meets it again.
         """
         with self._lock:
             if self.done or self._cursor is not None or self._unguarded is not None:
@@ -149,8 +149,10 @@ class StreamGuard:
             try:
                 self._check()
                 self._read_question()
-            except (Exception, _Closed):
-                self._free()
+            except _Closed:
+                pass
+            except Exception as error:
+                logger.warning("reading a question ahead failed: %s", _describe(error))
 
     def restart_clock(self):
         """Count the answer's time, and its deadline, from now on: what was begun early isn't late."""
@@ -338,11 +340,19 @@ class StreamGuard:
         question_ids, turns, self._dropped = self.protector._context(self.q, self.history)
         self._prefix = template.prefix(question_ids, turns)
         self._cursor = self.protector.detector.open()
-        self._cursor.start(self._prefix)
+        try:
+            self._cursor.start(self._prefix)
+        except BaseException:
+            self._free()  # or a later push would score without the question
+            raise
 
     def _read_question(self):
         self._open()
-        self._logits(self._cursor, [])
+        try:
+            self._logits(self._cursor, [])
+        except BaseException:
+            self._free()
+            raise
 
     def _logits(self, cursor, ids):
         logits = cursor.feed(ids, self._check)
@@ -488,7 +498,6 @@ def stream(protector, q, chunks, history=None, hold=8):
 
 def _events(state, chunks):
     try:
-        state.begin()
         for chunk in chunks:
             yield from state.push(chunk)
             if state.done:
@@ -511,7 +520,6 @@ def astream(protector, q, chunks, history=None, hold=8):
 async def _async_events(state, chunks):
     upstream, coming = chunks.__aiter__(), None
     try:
-        await asyncio.to_thread(state.begin)
         while not state.done:
             left_s = state.time_left_s()
             if coming is None:

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import threading
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_fakes import DONE, MARKER, FakeDetector, FakeDetoxifier, chunk, completion, sse, spoken
 
-from protector.chat import MAX_CALLS, BadRequest, ChatRequest, ChatStream, EventReader, UpstreamError, guard_completion, read_request
+from protector.chat import BEGUN, MAX_CALLS, BadRequest, ChatRequest, ChatStream, EventReader, UpstreamError, guard_completion, read_request
 from protector.errors import ModelError
 from protector.guard import Protector
 
@@ -403,6 +404,28 @@ def test_a_stream_that_is_begun_reads_the_question_once_for_each_choice():
     assert protector.detector.n_cursors == 1 and sent[-1]["choices"][0]["protector"] == expected["protector"]
     stream.close()
     assert protector.detector.n_cursors == 0
+    # Not all of many, none of a closed one, and none that is left when its choice ends without text.
+    stream = ChatStream(protector, ChatRequest("q", n=100))
+    stream.begin()
+    assert protector.detector.n_cursors == BEGUN
+    stream.push(chunk({"tool_calls": [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}]}))
+    stream.push(chunk({}, "tool_calls"))
+    assert protector.detector.n_cursors == BEGUN - 1
+    stream.close()
+    stream.begin()
+    assert protector.detector.n_cursors == 0
+
+
+def test_a_stream_that_is_closed_while_it_begins_leaves_no_cursor():
+    protector = Protector(FakeDetector(), False, threshold=0.5)
+    protector.detector.delay_s = 0.1
+    stream = ChatStream(protector, ChatRequest("q", n=4))
+    thread = threading.Thread(target=stream.begin)
+    thread.start()
+    time.sleep(0.15)  # the second choice's question is being read
+    stream.close()
+    thread.join()
+    assert protector.detector.n_cursors == 0 and len(stream._begun) < 4
 
 
 @pytest.mark.parametrize("message", [

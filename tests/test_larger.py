@@ -13,6 +13,7 @@ from conftest import MILD_PAIRS, canaries_of, sequences_of, shake  # noqa: E402
 
 import protector.__main__ as command_line  # noqa: E402
 from protector import canaries, export, models  # noqa: E402
+from protector.errors import ModelError  # noqa: E402
 from protector.guard import Protector  # noqa: E402
 
 DOC = (Path(__file__).parents[1] / "docs" / "larger.md").read_text()
@@ -231,3 +232,49 @@ def test_the_commands_are_those_that_are_promised():
     for out, command in zip(outs, COMMANDS):
         words = [" ".join(words) for words in AFTERWARDS if out in words]
         assert any(line.endswith("--format hf") for line in words) and any("calibrate" in line for line in words) == (command[2] == "detector")
+
+
+def full_detector(folder):
+    """A detector of a tiny backbone whose every weight of the blocks is trained, with a head that reads something."""
+    full = models.build(models.ModelConfig("detector", str(folder), rank=0)).eval()
+    with torch.no_grad():
+        full.head.weight.copy_(torch.linspace(-1, 1, full.head.weight.numel()))
+    return full
+
+
+def test_refit_spends_its_ranks_on_what_comes_through_a_norm(tmp_path):
+    """A norm's weight near 0 that changed a little is a large change of the next layer's column, through which nearly nothing comes."""
+    from safetensors.torch import load_file, save_file
+
+    base = backbone("lmsys/vicuna-7b-v1.5", tmp_path / "backbone")
+    state = load_file(base / "model.safetensors")
+    state["model.layers.0.input_layernorm.weight"][:8] = 1e-3
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    full, generator = full_detector(base), torch.Generator().manual_seed(0)
+    block = full.backbone.layers[0]
+    with torch.no_grad():
+        block.input_layernorm.weight[:8] += torch.rand(8, generator=generator) * 1e-2  # ten times what it was, of a hundredth of the others
+        for layer in (block.self_attn.v_proj, block.self_attn.q_proj):
+            out, width = layer.weight.shape
+            layer.weight[:, 8:] += torch.randn(out, 1, generator=generator) @ torch.randn(1, width - 8, generator=generator)
+    full.save(tmp_path / "full")
+    sequences = sequences_of(full, MILD_PAIRS)
+    expected, untrained = full.logits(sequences), full_detector(base).logits(sequences)
+    written = export.refit(tmp_path / "full", tmp_path / "refitted", 1)
+    error = np.abs(models.load(tmp_path / "refitted").logits(sequences) - expected).max()
+    assert written["kept"] > 0.99 and error < 0.1 * np.abs(untrained - expected).max()
+
+
+def test_refit_refuses_what_adapters_cannot_hold(tmp_path):
+    base = backbone("Qwen/Qwen3-0.6B", tmp_path / "backbone")
+    full = full_detector(base)
+    with torch.no_grad():
+        full.backbone.layers[1].mlp.up_proj.weight.add_(0.1)
+    full.save(tmp_path / "held")
+    assert export.refit(tmp_path / "held", tmp_path / "refitted", 1)["kept"] == pytest.approx(1, abs=1e-3)  # a change by one number has rank 1
+    with torch.no_grad():
+        full.backbone.layers[1].self_attn.q_norm.weight.add_(0.1)
+    full.save(tmp_path / "more")
+    with pytest.raises(ModelError, match=r"^refit: adapters must hold what the training changed, got layers\.1\.self_attn\.q_norm\.weight\. Export it"):
+        export.refit(tmp_path / "more", tmp_path / "bad", 1)
+    assert not (tmp_path / "bad").exists()

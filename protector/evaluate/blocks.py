@@ -144,11 +144,16 @@ def _parity(result):
     return _grid(["quantisation of the base", "largest score difference", "mean", "decisions that differ", "of them outside the band"], rows)
 
 
+def _apart(found, name="auroc"):
+    """A difference with its interval as text; of one question there is none."""
+    return f"{found[name]:+.3f}" + (f" [{found['low']:+.3f}, {found['high']:+.3f}]" if found["low"] is not None else "")
+
+
 def _quality(result):
     """What each quantisation tells apart, of parity's rows."""
     def cell(found):
         apart = found["difference"]
-        return (f"{found['auroc']:.3f} ({apart['auroc']:+.3f} [{apart['low']:+.3f}, {apart['high']:+.3f}]); "
+        return (f"{found['auroc']:.3f} ({_apart(apart)}); "
                 f"{100 * found['flagged']['rate']:.0f} % and {100 * found['false_positives']['rate']:.0f} %")
 
     rows = [[name, *(cell(found["sources"][source]) for source in result["sources"])] for name, found in result["quantisations"].items()]
@@ -191,7 +196,7 @@ def _worth(result):
 def _compare(result):
     def cell(found):
         apart = found.get("difference")
-        return f"{found['auroc']:.3f}" + (f" ({apart['auroc']:+.3f} [{apart['low']:+.3f}, {apart['high']:+.3f}])" if apart
+        return f"{found['auroc']:.3f}" + (f" ({_apart(apart)})" if apart
                                           else f" [{found['low']:.3f}, {found['high']:.3f}]")
 
     rows = [[name, *(cell(found["sources"][source]) for source in result["sources"])] for name, found in result["detectors"].items()]
@@ -205,7 +210,7 @@ def _shared(result):
     def cells(found):
         apart = found["one backbone"]["difference"]
         return [*(report.number({**found[name], "value": found[name]["auroc"]}) for name in ("detector", "one backbone")),
-                f"{apart['auroc']:+.3f} [{apart['low']:+.3f}, {apart['high']:+.3f}]"]
+                _apart(apart)]
 
     first, models, n_bytes = result["first_token_ms"], result["models"], result["bytes"]
     costs = [[f"scoring {n} answer tokens, ms", *(bench._number(found[name]) for name in ("detector", "one backbone", "blocks alone"))]
@@ -225,7 +230,7 @@ def _joint(result):
     """What each way learned, with differences from the first one; the last way has the first one's detector."""
     def apart(found, name):
         found = found.get("difference")
-        return f" ({found[name]:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}])" if found else ""
+        return f" ({_apart(found, name)})" if found else ""
 
     def auroc(found):
         return f"{found['auroc']:.3f}{apart(found, 'auroc')}" if found else "the first line's"
@@ -303,7 +308,7 @@ def _report(*chosen, title=""):
 
 
 RENDERERS = {"table": table.markdown, "parity": _parity, "parity#quality": _quality, "selftest": _selftest, "depth": _depth, "depth#worth": _worth,
-             "compare": _compare, "ablations": _compare, "shared": _shared, "joint": _joint,
+             "compare": _compare, "ablations": _compare, "refit": _compare, "shared": _shared, "joint": _joint,
              "lookup": _lookup, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost, "bench": bench.markdown, "bench_sweep": bench.sweep_markdown,
              "detectors": _report(0, 1), "detectors#brief": _brief, "detectors#targets": _detector_targets, "detectors#published": _report(title="Published guards"),
              "detectors#kinds": _report(title="Harmful answers flagged"), "detectors#alone": _report(title="Detector without"),

@@ -94,7 +94,7 @@ def _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, ju
 
 
 def _interval(number, digits=2):
-    return f"{number['value']:.{digits}f} [{number['low']:.{digits}f}, {number['high']:.{digits}f}]"
+    return report.number(number, digits)
 
 
 def _share(rate):
