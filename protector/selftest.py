@@ -36,7 +36,8 @@ from .template import windows
 
 ROWS = Path(__file__).parent / "selftest.jsonl"
 HARMLESS_START = 48  # tokens of harmless text before a streamed answer's harm begins
-EPSILON = 1e-3  # between a score alone, in a batch and in a stream: the rounding of the cache
+EPSILON = 1e-3  # between a score alone and in a batch: the rounding of the cache
+STREAM_EPSILON = 2e-3  # and in a stream, whose short steps F16 rounds otherwise: .005 of a logit from float32 either way, where that moves a score most
 FILLER = ("The museum opens at nine and the tickets are free on Sundays. A tram stops in front of the door. The garden has old trees and "
           "a small pond. Many visitors bring a book and sit on the benches. In the evening a band plays near the gate. ")
 Attack = namedtuple("Attack", "name item change is_known_miss", defaults=(False,))  # change: (row, kit) -> (q, a, history)
@@ -414,7 +415,7 @@ def _exact_streams(guard, rows):
 
 def _equal_streams(guard, rows):
     # An alarm may come from the normalised view of a part, which the whole answer's view needn't repeat.
-    return all(abs(events[-1].verdict.score - guard.score(row["question"], row["answer"])) <= EPSILON
+    return all(abs(events[-1].verdict.score - guard.score(row["question"], row["answer"])) <= STREAM_EPSILON
                or events[-1].verdict.flagged and events[-1].verdict.score >= guard.thresholds["pair"]
                for row, events in _streams(guard, rows))
 
