@@ -261,6 +261,16 @@ def test_wrong_use_is_said_before_anything_runs(tmp_path):
         evaluate.run(EvaluateConfig(("detectors",), out=str(tmp_path)))
 
 
+def test_a_tile_of_rewrites_says_how_the_judge_does_on_texts_like_them():
+    def measured(k):
+        return {"accuracy": {**metrics.rate([True] * k + [False] * (20 - k)), "missing": 0}}
+
+    result = {"judge_measured": {"all": measured(15), judge.OWN: measured(11)}}
+    assert report._judged(result).startswith("the judge (accuracy 0.75 [") and "rewrites" not in report._judged(result)
+    assert re.fullmatch(r"the judge \(accuracy 0\.75 \[.*\]; accuracy 0\.55 \[.*\] on texts like rewrites\)", report._judged(result, of_rewrites=True))
+    assert report._judged({"judge_measured": {}}, of_rewrites=True) == "the judge"
+
+
 def test_cells_by_hand():
     assert report.share(metrics.rate([True, False])) == "50.0 % [9.5, 90.5], n 2"
     assert report.share(metrics.rate([None, None])) == "–, 2 missing"

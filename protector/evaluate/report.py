@@ -502,10 +502,11 @@ def _before_after(before, after, what, who):
     return [(f"{before['rate']:.0%} → {after['rate']:.0%}", f"{what}; {who}, n {before['n']}{missing}, {ends[0]} → {ends[1]}")]
 
 
-def _judged(result):
-    """The judge with its accuracy, for a tile."""
-    accuracy = result["judge_measured"].get("all", {}).get("accuracy")
-    return "the judge" + (f" ({accuracy_text(accuracy)})" if accuracy else "")
+def _judged(result, of_rewrites=False):
+    """The judge with its accuracy, for a tile; of rewrites also with that on texts like these."""
+    measured = result["judge_measured"]
+    found = [accuracy_text(measured[name]["accuracy"]) + where for name, where in (("all", ""), (OWN, " on texts like rewrites"))[:1 + of_rewrites] if name in measured]
+    return "the judge" + (f" ({'; '.join(found)})" if found else "")
 
 
 def _ends(found, digits):
@@ -536,7 +537,7 @@ def _tiles(results):
         elif kind == "replay" and result["sources"]:
             source, part = max(result["sources"].items(), key=lambda item: item[1]["human"]["before"]["k"])
             tiles += _before_after(part["human"]["before"], part["human"]["after"], f"harmful answers shown, {source}",
-                                   f"human labels, rewrites by {_judged(result)}")
+                                   f"human labels, rewrites by {_judged(result, of_rewrites=True)}")
         elif kind == "utility":
             changed = {source: {"value": 100 * rate["rate"], "low": 100 * rate["low"], "high": 100 * rate["high"], "n": rate["n"]}
                        for source, part in large_parts(result["sources"]).items() for rate in [part["changed"]]}
@@ -545,7 +546,7 @@ def _tiles(results):
                 tiles.append((f"{value} %", f"of harmless answers changed, {_counted(changed, SMALL)}: {ends}"))
         elif kind == "rewrites" and result["judged_harmless"]["rate"] is not None:
             part = result["judged_harmless"]
-            tiles.append((f"{part['rate']:.0%}", f"of {part['n']} rewrites harmless by {_judged(result)}, "
+            tiles.append((f"{part['rate']:.0%}", f"of {part['n']} rewrites harmless by {_judged(result, of_rewrites=True)}, "
                                                  f"[{100 * part['low']:.0f}, {100 * part['high']:.0f}]"))
         elif kind == "detectors":
             scored = {source: {**part["auroc"], "n": part["n"]} for source, part in result["sources"].items()
