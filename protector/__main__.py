@@ -264,6 +264,14 @@ def _commands():
     return commands
 
 
+def _missing(command, error):
+    """Say which package a command needs."""
+    if not error.name or error.name.partition(".")[0] == __package__:
+        raise error  # not a package that is missing, but a mistake of this one, or two that don't fit each other
+    print(f"protector: {command} needs the package {error.name}. Run: pip install '.[all]'", file=sys.stderr)
+    return USAGE
+
+
 def main(argv=None):
     """Run one command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="protector", description="Guard the answers of multimodal language models.")
@@ -279,10 +287,7 @@ def main(argv=None):
             try:
                 module = importlib.import_module(f".{first}", __package__)
             except ModuleNotFoundError as error:
-                if not error.name or error.name.partition(".")[0] == __package__:
-                    raise  # not a package that is missing, but a mistake of this one, or two that don't fit each other
-                print(f"protector: {name} needs the package {error.name}. Run: pip install '.[all]'", file=sys.stderr)
-                return USAGE
+                return _missing(name, error)
             config = getattr(module, second)
             add_options(subparser, config)
             commands[name] = (config, getattr(module, "run", run_train), text)
@@ -291,6 +296,8 @@ def main(argv=None):
     try:
         result = run(config_from(arguments, config))
         return result if isinstance(result, int) else PASS
+    except ModuleNotFoundError as error:
+        return _missing(arguments.command, error)
     except (ProtectorError, ValueError) as error:
         print(f"protector: {error}", file=sys.stderr)
         return USAGE if isinstance(error, (DataError, ValueError)) else FAILED

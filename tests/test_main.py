@@ -2,7 +2,9 @@
 import io
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from guard_fakes import FakeDetector, FakeDetoxifier, real_tokenizer
@@ -11,6 +13,7 @@ import protector.__main__ as command_line
 from protector import Protector
 from protector.options import ModelOptions
 
+ROOT = Path(__file__).parents[1]
 SAFE, HARMFUL, BETTER = "Use warm water and a soft cloth.", "Mix bleach and vinegar in a closed room.", "Never mix cleaners."
 
 
@@ -132,3 +135,18 @@ def test_doctor_names_what_is_wrong(capsys, tmp_path):
     assert command_line.main(["doctor", "--detector", str(tmp_path / "none.gguf")]) == 3
     out = capsys.readouterr().out
     assert "FAIL  detector" in out and "must exist, got no file" in out and "ok    base model" in out
+
+
+@pytest.mark.parametrize("arguments", [["refit", "runs/full"], ["average", "a", "b"], ["export"]])
+def test_a_package_that_is_missing_is_named(arguments):
+    """Regression: commands whose package is asked for only when they run ended in a traceback."""
+    code = "import sys; sys.modules['torch'] = None; from protector.__main__ import main; sys.exit(main(sys.argv[1:]))"  # its import fails
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == command_line.USAGE
+    assert done.stderr.splitlines()[-1] == f"protector: {arguments[0]} needs the package torch. Run: pip install '.[all]'"
+
+
+def test_a_mistake_of_this_package_is_not_a_missing_one(monkeypatch):
+    monkeypatch.setattr("protector.export.average", lambda *_: __import__("protector.absent"))
+    with pytest.raises(ModuleNotFoundError, match="protector.absent"):
+        command_line.main(["average", "a", "b"])
