@@ -261,7 +261,7 @@ class Plain:
         """Logit of one sequence; .item() waits for a GPU."""
         with self.torch.inference_mode():
             model = self.classifier if model is None else model  # trap: torch.compile's wrapper has a length that raises, so no truth
-            return model(input_ids=self.torch.tensor([ids], device=self.device), use_cache=False).logits.item()
+            return model(input_ids=self._batch(ids), use_cache=False).logits.item()
 
     def feed(self, prefix, ids, compiled=None):
         """Seconds for ids, one by one, on a growing cache; compiled on one of a fixed length, whose steps have one shape."""
@@ -374,20 +374,19 @@ def _prefill(detector, plain, n, rounds, sizes, threads):
     if plain:
         functions["torch"] = rate(n, lambda: plain.backend.running_logits([ids], [start]))  # on the CPU when it returns
         functions["transformers"] = rate(n, lambda: plain.score(ids))
-        missing = _not_compiled(sizes, lambda: plain.score(ids, plain.compiled))
-        if not missing:
-            functions["compiled"] = rate(n, lambda: plain.score(ids, plain.compiled))
+        missing = _compiled(functions, sizes, rate(n, lambda: plain.score(ids, plain.compiled)))
     return compared("tokens/s", in_turns(functions, rounds), missing)
 
 
-def _not_compiled(sizes, work):
-    """Do the work, which compiles; why there is no compiled number, {} where there is."""
+def _compiled(functions, sizes, work):
+    """Do the work, which compiles, and add it to the functions; why there is no compiled number, {} where there is."""
     if not sizes.compiled:
         return {"compiled": "left out of a quick run"}
     try:
         work()
     except Exception as error:  # a compiler's failure is a finding here, of whatever kind
         return {"compiled": f"torch.compile failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    functions["compiled"] = work
     return {}
 
 
@@ -406,9 +405,7 @@ def _streaming(detector, plain, n, rounds, sizes, threads):
     functions, missing = {"guard": ours, "bare": lambda: n / bare.feed(prefix, ids)}, {}
     if plain:
         functions["transformers"] = lambda: n / plain.feed(prefix, ids)
-        missing = _not_compiled(sizes, lambda: plain.feed(prefix, ids, plain.compiled_body))
-        if not missing:
-            functions["compiled"] = lambda: n / plain.feed(prefix, ids, plain.compiled_body)
+        missing = _compiled(functions, sizes, lambda: n / plain.feed(prefix, ids, plain.compiled_body))
     return compared("tokens/s", in_turns(functions, rounds), missing)
 
 
@@ -442,9 +439,7 @@ def _rewriting(detoxifier, plain, rounds, sizes, threads):
     functions = {"guard": lambda: of_all(lambda prompt, _: ours(prompt)), "bare": lambda: of_all(bare.write)}
     if plain:
         functions["transformers"] = lambda: of_all(plain.write)
-        missing = _not_compiled(sizes, compiled)
-        if not missing:
-            functions["compiled"] = compiled
+        missing = _compiled(functions, sizes, compiled)
     turns = in_turns(functions, rounds)
     speed, first = ({name: [value[i] for value in values] for name, values in turns.items()} for i in (0, 1))
     return {"rewriting, token by token": {**compared("tokens/s", speed, missing), "tokens_written": sum(n_written)},

@@ -3,9 +3,9 @@
     flat          time of a token in a stream of 4,000 tokens over that in one of 200
     generation    time of scoring an answer while it is written over the time in which llama.cpp's base model writes it, step by
                   step in turns; in steps of that model what reading the question takes before the first one (begin), the longest
-                  push and the wait after the last token, the longest of the answer's
-                  ends with 0 to STEP_TOKENS - 1 tokens less; the wait where its normalised view differs by one space; and how many
-                  tokens it was ahead when text was let out
+                  push and the wait after the last token, the longest of the answer's ends with 0 to STEP_TOKENS - 1 tokens
+                  less; the wait where its normalised view differs by one space; and how many tokens it was ahead when text
+                  was let out
     in a row      resident memory before and after many short streams
     clients       tokens a second of 16 threads that stream over those of one; likewise of whole answers
 

@@ -116,10 +116,10 @@ def refit(folder, out, rank=16, alpha=32.0):
     if full.config.kind != "detector" or full.config.rank:
         raise ModelError(f"refit: {folder} must be a detector trained with --rank 0, got a {full.config.kind} of rank {full.config.rank}.")
     fitted = models.build(replace(full.config, rank=rank, alpha=alpha), local=True)
-    theirs, bare = dict(full.backbone.named_modules()), fitted.backbone.get_base_model()
+    theirs, bare = full.backbone, fitted.backbone.get_base_model()
     base = {name.replace(".base_layer", ""): value for name, value in bare.named_parameters()}
     held = re.compile(rf"(^|\.)({'|'.join(('norm', *_READS.values(), *models.LORA_TARGETS))})\.weight$")
-    lost = [name for name, value in full.backbone.named_parameters() if not held.search(name) and not torch.equal(value, base[name])]
+    lost = [name for name, value in theirs.named_parameters() if not held.search(name) and not torch.equal(value, base[name])]
     if lost or bare.config.model_type.startswith("gemma"):  # whose norms scale by 1 + g
         raise ModelError(f"refit: adapters must hold what the training changed, got {', '.join(lost) or bare.config.model_type}. Export it with --format hf.")
     change_of, kept_of = 0.0, 0.0
@@ -128,17 +128,17 @@ def refit(folder, out, rank=16, alpha=32.0):
             if not hasattr(layer, "lora_A"):
                 continue
             block, _, kind = name.rpartition(".")
-            wanted, weight, scale = theirs[name].weight, layer.base_layer.weight, 1.0
+            wanted, weight, scale = theirs.get_submodule(name).weight, layer.base_layer.weight, 1.0
             if kind in _READS:
                 norm = f"{block.rpartition('.')[0]}.{_READS[kind]}"
                 gain = bare.get_submodule(norm).weight
-                wanted, weight, scale = wanted * theirs[norm].weight, weight * gain, _unlike_zero(gain)
+                wanted, weight, scale = wanted * theirs.get_submodule(norm).weight, weight * gain, _unlike_zero(gain)
             u, s, v = torch.linalg.svd(wanted - weight, full_matrices=False)
             root = (s[:rank] * (rank / alpha)).sqrt()
             down, up = layer.lora_A["default"].weight.zero_(), layer.lora_B["default"].weight.zero_()  # (rank, in), (out, rank)
             down[:len(root)], up[:, :len(root)] = root[:, None] * v[:rank] / scale, u[:, :rank] * root
             change_of, kept_of = change_of + float(s.square().sum()), kept_of + float(s[:rank].square().sum())
-        fitted.head.weight.copy_(full.head.weight * theirs["norm"].weight / _unlike_zero(bare.norm.weight))
+        fitted.head.weight.copy_(full.head.weight * theirs.norm.weight / _unlike_zero(bare.norm.weight))
         fitted.head.bias.copy_(full.head.bias)
     fitted.save(out)
     return {"out": str(out), "rank": rank, "kept": round(kept_of / change_of, 4) if change_of else 1.0}

@@ -148,7 +148,7 @@ class StreamGuard:
                 return
             try:
                 self._check()
-                self._read_question()
+                self._open(reads=True)
             except _Closed:
                 pass
             except Exception as error:
@@ -233,7 +233,7 @@ class StreamGuard:
             self._wait(piece)
         if self._n_waiting < STEP_TOKENS:
             if self._cursor is None and self._n_waiting and self.text.strip():
-                self._read_question()  # now, so that no later push waits for it and a step together
+                self._open(reads=True)  # so that no later push waits for it and a step together
             return []
         self._feed_waiting()
         if self._alarm and self.protector.on_flag != "report":
@@ -335,23 +335,18 @@ class StreamGuard:
             part = self._ids[len(self._ids) - len(part) - n_again:]
             self._take(part, self._logits(self._cursor, part))
 
-    def _open(self):
+    def _open(self, reads=False):
+        """Begin with the question; it is read now, or with the first tokens."""
         template = self.protector.detector.template
         question_ids, turns, self._dropped = self.protector._context(self.q, self.history)
         self._prefix = template.prefix(question_ids, turns)
         self._cursor = self.protector.detector.open()
         try:
             self._cursor.start(self._prefix)
+            if reads:
+                self._logits(self._cursor, [])
         except BaseException:
             self._free()  # or a later push would score without the question
-            raise
-
-    def _read_question(self):
-        self._open()
-        try:
-            self._logits(self._cursor, [])
-        except BaseException:
-            self._free()
             raise
 
     def _logits(self, cursor, ids):

@@ -196,8 +196,7 @@ def _worth(result):
 def _compare(result):
     def cell(found):
         apart = found.get("difference")
-        return f"{found['auroc']:.3f}" + (f" ({_apart(apart)})" if apart
-                                          else f" [{found['low']:.3f}, {found['high']:.3f}]")
+        return f"{found['auroc']:.3f} ({_apart(apart)})" if apart else report.number({**found, "value": found["auroc"]})
 
     rows = [[name, *(cell(found["sources"][source]) for source in result["sources"])] for name, found in result["detectors"].items()]
     return _grid(["detector", *(f"{name}, n {found['n']} ({found['harmful']})" for name, found in result["sources"].items())], rows,

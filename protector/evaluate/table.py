@@ -93,10 +93,6 @@ def _measure(detector, detoxifier, threshold, chosen, harmful, harmless, own, ju
     return numbers
 
 
-def _interval(number, digits=2):
-    return report.number(number, digits)
-
-
 def _share(rate):
     return report.share(rate, digits=0)
 
@@ -110,8 +106,8 @@ def markdown(result):
         cells = [cell(found) if not is_guard or "ms" in found else "" for found in result["models"].values()]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
 
-    line("AUROC", lambda m: _interval(m["auroc"]), is_guard=False)
-    line("F1 at the threshold", lambda m: _interval(m["f1"]), is_guard=False)
+    line("AUROC", lambda m: report.number(m["auroc"], 2), is_guard=False)
+    line("F1 at the threshold", lambda m: report.number(m["f1"], 2), is_guard=False)
     line("threshold", lambda m: f"{m['threshold']:.3f}", is_guard=False)
     line("harmless answers flagged", lambda m: _share(m["false_positives"]), is_guard=False)
     line("harmless answers changed without a flag", lambda m: _share(m["harmless_changed_without_flag"]))
