@@ -76,7 +76,7 @@ class CalibrateConfig:
     detector: str = option("", "GGUF file or PyTorch folder, rewritten in place; the shipped file if empty")
     fpr: float = option(0.01, "bound on the false-positive rate")
     confidence: float = option(0.95, "with which the bound holds")
-    quantisations: tuple[str, ...] = option(("F16", "Q8_0"), "of a GGUF detector's base, each calibrated on its own")
+    quantisations: tuple[str, ...] = option(("F16", "Q8_0"), "of a GGUF detector's base, each calibrated on its own; INT8 is PyTorch's, of a folder, too")
     most: int = option(3000, "answers of one source at most")
     pooled: bool = option(False, "bound the rate over all answers together, not on each source")
     threads: int = option(0, "CPU threads; 0 = all cores that this process may use")

@@ -263,12 +263,8 @@ def calibrate_file(config):
 
 def _as_used(path, config):
     """The detector as each backend and quantisation runs it, one after the other."""
-    if path.is_dir():
-        from . import models
+    from .guard import _loaded
 
-        yield models.load(path, kind="detector", n_threads=config.threads)
-        return
-    from .llama import LlamaDetector
-
-    for quantisation in config.quantisations:
-        yield LlamaDetector(path, quantisation=quantisation, n_threads=config.threads or None)
+    is_folder = path.is_dir()
+    for quantisation in [None] * is_folder + [name for name in config.quantisations if name == "INT8" or not is_folder]:
+        yield _loaded("detector", path, "auto", {"quantisation": quantisation, "n_threads": config.threads or None})

@@ -85,7 +85,8 @@ class Protector:
         max_bytes: longest answer in bytes of UTF-8; above it the error policy answers.
         window, overlap: answer tokens per scored sequence, and shared by neighbours; None takes the model's own.
         detector_options, detoxifier_options: passed to the backend (llama.cpp: base, quantisation, n_threads, n_gpu_layers; PyTorch:
-            device, dtype, n_threads); None stands for the backend's default.
+            device, dtype, n_threads, quantisation, compile); None stands for the backend's default. The detector's quantisation "INT8"
+            is PyTorch's, of a GGUF file, too.
     Raises:
         ModelError: a model can't be loaded, is of the other kind or fails its canaries; MissingPackage: its backend isn't installed.
         ValueError: a bad option.
@@ -591,7 +592,7 @@ def _loaded(kind, source, backend, options):
 
 def _loading(kind, source, backend, options):
     """Function that loads the model in a file or folder; ValueError for options that it doesn't have."""
-    if _in_pytorch(source, backend):
+    if _in_pytorch(source, backend, options):
         from .models import load
 
         load, name = partial(load, kind=kind), "PyTorch"
@@ -606,9 +607,9 @@ def _loading(kind, source, backend, options):
     return partial(load, source, **options)
 
 
-def _in_pytorch(source, backend):
-    is_folder = Path(source).is_dir()
-    if backend == "llama.cpp" and is_folder:
-        raise ModelError(f"Protector: with backend llama.cpp the model must be a GGUF file, got the folder {source}. Export it, or use "
-                         "backend='auto'.")
-    return is_folder or backend == "torch"
+def _in_pytorch(source, backend, options):
+    is_folder, is_int8 = Path(source).is_dir(), options.get("quantisation") == "INT8"
+    if backend == "llama.cpp" and (is_folder or is_int8):
+        got, other = (f"the folder {source}", "Export it") if is_folder else ("quantisation INT8", "Choose another")
+        raise ModelError(f"Protector: with backend llama.cpp the model must be a GGUF file that it runs, got {got}. {other}, or use backend='auto'.")
+    return is_folder or is_int8 or backend == "torch"

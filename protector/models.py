@@ -147,6 +147,7 @@ class _Model(nn.Module):
     tokenizer: HFTokenizer
     name = "torch"
     path = None  # folder it was loaded from
+    rounded = None  # "INT8" once its products are
     calibration = ()  # calibrate.Calibration as dicts
     backbone_sha256 = None  # that its folder names; "" where an earlier version wrote it, None for a new model
     metadata = None  # gguf.Metadata of the adapter file it was read from
@@ -161,8 +162,8 @@ class _Model(nn.Module):
 
     @property
     def quantisation(self):
-        """The name of the weights' type, as GGUF files call it."""
-        return {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[next(self.parameters()).dtype]
+        """The name of the weights' type, as GGUF files call it; "INT8" for int8.py's."""
+        return self.rounded or {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[next(self.parameters()).dtype]
 
     def trained(self):
         """{name: tensor} of what training changes."""
@@ -181,6 +182,8 @@ class _Model(nn.Module):
         """Write model.safetensors (trained tensors only) and protector.json, with the backbone's digest."""
         from safetensors.torch import save_file
 
+        if self.rounded:
+            raise ValueError(f"save: model must have the tensors that were trained, got them in {self.rounded}. Load it without.")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().contiguous().cpu() for name, value in self.trained().items()},
@@ -218,6 +221,21 @@ class HarmDetector(_Model):
         # Zero: the first gradient then moves the head alone, and training starts at the loss of an even guess, log 2.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self._sha256 = None  # once the tensors are no longer those that were trained
+
+    def to_int8(self):
+        """Merge the adapters and round the blocks' products to int8, in place; see int8.py. Such a detector only scores whole answers.
+
+        Raises:
+            ModelError: this machine's int8 products aren't exact.
+        """
+        from . import int8
+
+        int8.check_product()
+        self._sha256, self.rounded = self.model_sha256, "INT8"
+        if self.config.rank:
+            self.backbone = self.backbone.merge_and_unload()
+        int8.in_int8(self.blocks.layers)
 
     @property
     def blocks(self):
@@ -237,6 +255,8 @@ class HarmDetector(_Model):
         """Digest of the configuration, the backbone and the trained tensors: calibrations refer to it."""
         if self.metadata is not None:
             return self.metadata.model_sha256
+        if self._sha256 is not None:
+            return self._sha256
         backbone = self.frozen_sha256() if self.backbone_sha256 is None else self.backbone_sha256
         digest = hashlib.sha256(json.dumps({**asdict(self.config), "backbone": backbone}, sort_keys=True).encode())
         for name, value in sorted(self.trained().items()):
@@ -264,8 +284,10 @@ class HarmDetector(_Model):
         """(indices, (B, T, d) hidden states, (B,) index of each last token) of batches of like length.
 
         Right padding under a causal mask: a row's score doesn't depend on what else is in its batch, to the rounding of
-        the matrix product.
+        the matrix product. In int8 that isn't little: each sequence is a batch.
         """
+        if self.rounded:
+            batch_tokens = 0
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         while order:
             group, longest = [], 0
@@ -431,7 +453,7 @@ def read_config(folder):
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def load(folder, device="auto", dtype=None, n_threads=None, kind=None):
+def load(folder, device="auto", dtype=None, n_threads=None, kind=None, quantisation=None, compile=False):
     """A trained model, in eval mode. Nothing is downloaded.
 
     Args:
@@ -440,7 +462,10 @@ def load(folder, device="auto", dtype=None, n_threads=None, kind=None):
         dtype: of the backbone; None = float32 on a CPU, bfloat16 on a GPU.
         n_threads: CPU threads of PyTorch, in the whole process; None or 0 = as they are.
         kind: "detector" | "detoxifier" of a model that is to guard; a detector's canaries are scored then.
+        quantisation: "INT8" rounds a detector's products on a CPU (int8.py); None leaves them as they are.
+        compile: torch.compile the blocks, for whole answers: about a minute at the first ones, faster then. It needs a C++ compiler.
     Raises:
+        ValueError: another quantisation, or one that doesn't go with the device, the dtype or the kind.
         ModelError: a file is missing or cut, its tensors don't fit the configuration, it is of the other kind or fails its canaries.
     """
     if n_threads:
@@ -449,10 +474,18 @@ def load(folder, device="auto", dtype=None, n_threads=None, kind=None):
     if kind not in (None, model.config.kind):
         raise ModelError(f"load: {folder} must be a {kind}, got a {model.config.kind}. Pass the other file.")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and quantisation is None else "cpu"
+    if quantisation is not None and (quantisation, str(device), dtype or torch.float32, model.config.kind) != ("INT8", "cpu", torch.float32, "detector"):
+        raise ValueError(f"load: quantisation must be INT8, of a detector in float32 on a CPU, got {quantisation}, a {model.config.kind}, "
+                         f"{dtype or torch.float32}, {device}. Leave it out, or use a GGUF file with llama.cpp.")
     body = model.backbone if model.config.kind == "detector" else model.lm
     body.to(dtype or (torch.bfloat16 if device == "cuda" else torch.float32))  # the head stays float32
     model = model.to(device).eval()
+    if quantisation:
+        model.to_int8()
+    if compile:  # one by one: the others run what the first was compiled to
+        for layer in model.blocks.layers:
+            layer.compile(dynamic=True)
     if kind == "detector":
         check_canaries(model)
     return model

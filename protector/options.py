@@ -17,7 +17,7 @@ class ModelOptions:
 
     detector: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
     detoxifier: str = option("", "GGUF file or PyTorch folder; the shipped one if empty")
-    quantisation: str = option("F16", "of the detector's base: F32, F16, BF16, Q8_0, Q4_0, base")
+    quantisation: str = option("F16", "of the detector's base: F32, F16, BF16, Q8_0, Q4_0, base; INT8 = in PyTorch")
     threshold: float = option(-1.0, "flag at this score; -1 = the model's calibration")
     fpr: float = option(-1.0, "use the calibration for this false-positive rate; -1 = the default one")
     threads: int = option(0, "CPU threads; 0 = all cores that this process may use")
@@ -25,7 +25,8 @@ class ModelOptions:
     @property
     def scoring(self):
         """threshold, fpr and detector_options of a Protector; -1 and 0 stand for nothing given."""
-        of_file = {} if self.detector and Path(self.detector).is_dir() else {"quantisation": self.quantisation}
+        is_folder = self.detector and Path(self.detector).is_dir()
+        of_file = {} if is_folder and self.quantisation != "INT8" else {"quantisation": self.quantisation}
         return {"threshold": None if self.threshold < 0 else self.threshold, "fpr": None if self.fpr < 0 else self.fpr,
                 "detector_options": {**of_file, "n_threads": self.threads or None}}
 

@@ -37,7 +37,7 @@ from .chat import BadRequest, ChatStream, EventReader, UpstreamError, guard_comp
 from .errors import DeadlineExceeded, ProtectorError
 from .guard import _checked
 from .options import ModelOptions, option, protector_from
-from .stream import _deadline
+from .stream import _deadline, check_streams
 
 logger = logging.getLogger("protector")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -580,7 +580,10 @@ def create_app(protector, config, token=None, upstream_key=None, check=check_det
         token, upstream_key, check: as of Server.
     Returns:
         Starlette; `app.state.server` is its Server.
+    Raises:
+        ValueError: the detector doesn't score streams.
     """
+    check_streams(protector)
     server = Server(protector, config, token, upstream_key, check)
 
     @contextlib.asynccontextmanager

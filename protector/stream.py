@@ -64,6 +64,16 @@ def safe_cut(template):
     return re.compile("|".join(kept) or "(?!)")
 
 
+def check_streams(protector):
+    """See that the guard's detector scores streams.
+
+    Raises:
+        ValueError: it is in int8, in which a stream's score isn't the whole answer's.
+    """
+    if getattr(protector.detector, "rounded", None):
+        raise ValueError(f"stream: detector must score streams as the whole answer, got one in {protector.detector.rounded}, which can't. Choose another quantisation.")
+
+
 def _deadline(protector, check):
     """What is called between the steps of an answer: the guard's deadline and the caller's check, where there are such; raises to stop."""
     calls = [call for call in (check, protector._deadline()) if call]
@@ -105,6 +115,7 @@ class StreamGuard:
     def __init__(self, protector, q, history=None, hold=8, check=None):
         if not isinstance(hold, int) or hold < 0:
             raise ValueError(f"stream: hold must be an int >= 0, got {hold!r}.")
+        check_streams(protector)
         self.q, _, self.history = _checked(q, "", history)
         self.protector, self.hold, self.done = protector, hold, False
         self.threshold = protector.thresholds["pair" if self.q else "answer"]

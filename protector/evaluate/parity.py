@@ -1,4 +1,4 @@
-"""One score everywhere: the PyTorch model against its GGUF in each quantisation, on the same rows; and what each still tells apart."""
+"""One score everywhere: the PyTorch model in float32 against each quantisation, on the same rows; and what each still tells apart."""
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,12 +17,12 @@ class ParityConfig:
     data: str = field(default="own", metadata={"help": "labelled answers to score"})
     detector: str = field(default="", metadata={"help": "adapter GGUF; the shipped one if empty"})
     rows: int = field(default=200, metadata={"help": "rows to score, spread over the file"})
-    quantisations: tuple[str, ...] = field(default=("F16", "BF16", "Q8_0", "Q4_0", "base"), metadata={"help": "of the detector's base"})
+    quantisations: tuple[str, ...] = field(default=("F16", "BF16", "Q8_0", "Q4_0", "base", "INT8"), metadata={"help": "of the detector's base; INT8 is PyTorch's"})
     results: str = field(default="results", metadata={"help": "folder for parity.json"})
 
 
 def run(config):
-    """Score the rows in PyTorch fp32 and in llama.cpp and write the differences to <results>/parity.json.
+    """Score the rows in PyTorch fp32 and as each quantisation and write the differences to <results>/parity.json.
 
     The band of one half of the rows is the largest difference of a score in the other half: outside threshold +- band both should
     decide alike, on rows that the band wasn't taken from. Per source with enough labels stand the AUROC, its paired difference from
