@@ -232,7 +232,7 @@ class Plain:
         from .train import bf16_is_faster
 
         torch.set_num_threads(threads)
-        self.torch, self.folder = torch, Path(folder) / "detector"
+        self.torch, self.folder, self.source = torch, Path(folder) / "detector", detector
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if bf16_is_faster(self.device) else torch.float32
         export(detector, self.folder, "hf")
@@ -243,6 +243,16 @@ class Plain:
         self.compiled = torch.compile(self.classifier, dynamic=False)  # the strongest: one compilation for each length
         self.compiled_lm = torch.compile(self.lm, dynamic=False)  # one for each prompt's length, and one for a token behind it
         self.compiled_body = torch.compile(self.classifier.base_model, dynamic=False)
+
+    def int8(self, compile):
+        """The guard's detector in int8, as quantisation="INT8" loads it.
+
+        Raises:
+            ModelError: this machine's int8 products aren't exact.
+        """
+        from .models import load
+
+        return load(self.source, device="cpu", quantisation="INT8", compile=compile)
 
     def check(self, detector):
         """Compare the exported detector with the guard's.
@@ -327,6 +337,9 @@ def measure(config, sizes, rounds, threads):
         _say("detector")
         for n in sizes.prefill:
             rows[f"detector, {n} tokens"] = _prefill(detector, plain, n, rounds, sizes, threads)
+        if plain and plain.device.type == "cpu":
+            _say("detector in INT8")
+            rows |= _in_int8(detector, plain, rounds, sizes)
         rows["detector, token by token"] = _streaming(detector, plain, sizes.stream, rounds, sizes, threads)
         _say("rewrites")
         rows |= _rewriting(detoxifier, plain, rounds, sizes, threads)
@@ -376,6 +389,26 @@ def _prefill(detector, plain, n, rounds, sizes, threads):
         functions["transformers"] = rate(n, lambda: plain.score(ids))
         missing = _compiled(functions, sizes, rate(n, lambda: plain.score(ids, plain.compiled)))
     return compared("tokens/s", in_turns(functions, rounds), missing)
+
+
+def _in_int8(detector, plain, rounds, sizes):
+    """Rows of the detector in int8, eager and compiled, for each length that is scored at once; none of a way that this machine doesn't have."""
+    rows = {}
+    for title, compiles in (("detector in INT8", False), ("detector in INT8, compiled", True)):
+        if compiles and not sizes.compiled:
+            continue
+        try:
+            model = plain.int8(compiles)
+            model.logits([_ids(detector, n)[0] for n in sizes.prefill])  # compiles
+        except Exception as error:  # a compiler's failure is a finding here, of whatever kind
+            print(f"bench: {title} isn't measured: {type(error).__name__}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            continue
+        for n in sizes.prefill:
+            ids, start = _ids(detector, n)
+            functions = {"guard": rate(n, lambda: model.running_logits([ids], [start])), "transformers": rate(n, lambda: plain.score(ids))}
+            missing = _compiled(functions, sizes, rate(n, lambda: plain.score(ids, plain.compiled)))
+            rows[f"{title}, {n} tokens"] = compared("tokens/s", in_turns(functions, rounds), {"bare": "int8 is PyTorch's", **missing})
+    return rows
 
 
 def _compiled(functions, sizes, work):
@@ -689,8 +722,8 @@ def targets(result):
     for title, row in rows.items():
         if title.startswith("detector, ") and title.endswith(" tokens"):  # all lengths that are scored at once
             add(f"{title}: share of llama.cpp bare", 0.9, row["ratios"]["bare"], False)
-            if "transformers" in row["ratios"]:
-                add(f"{title}: times transformers eager", 1.5, row["ratios"]["transformers"], False)
+        if title.startswith("detector") and title.endswith(" tokens") and "transformers" in row["ratios"]:
+            add(f"{title}: times transformers eager", 1.5, row["ratios"]["transformers"], False)
     add("rewriting: share of llama.cpp bare", 0.9, rows["rewriting, token by token"]["ratios"]["bare"], False)
     add("start to first verdict, s", 1.5, rows["start to first verdict"]["values"]["guard"], True)
     if "peak memory" in rows:

@@ -120,6 +120,32 @@ def test_a_step_takes_several_tokens(ids):
     assert STEP_TOKENS > 3 and detector.n_fed == n_scored(p, ids, text) and detector.n_steps < detector.n_fed / 3  # ends of windows and views end some early
 
 
+def test_steps_end_where_the_next_part_would_be_too_many(ids, monkeypatch):
+    """Words of 1, 1, 2, 1, 3, 1, 1, 9, 1, ... tokens, one by one: 1 + 1 + 2 + 1, since 3 more would be 8. Then
+    3 + 1 + 1, and with them the word of 9, a step of its own. Then 6 single ones."""
+    p, detector = make(ids)
+    sizes = [1, 1, 2, 1, 3, 1, 1, 9] + [1] * 6
+    words = [f" w{i}" for i in range(len(sizes))]
+    monkeypatch.setattr(detector.template, "encode", lambda text: [5] * sum(size for word, size in zip(words, sizes) if text == word))
+    state, fed = StreamGuard(p, ""), []
+    monkeypatch.setattr(state, "_feed", lambda ids: fed.append(len(ids)) or state._ids.extend(ids))
+    monkeypatch.setattr(state, "_open", lambda reads: None)
+    for word in words:
+        state._wait(word)
+        if state._due:
+            state._feed_due()
+    assert STEP_TOKENS == 6 and fed == [5, 5 + 9, 6]
+
+
+def test_a_long_chunk_leaves_no_end_waiting(ids):
+    """An upstream that sends whole sentences: what stands behind the last full step is scored with it, and not when the next one comes."""
+    p, detector = make(ids)
+    state = StreamGuard(p, Q)
+    state.push("It stops by the market and goes on over the bridge to the old town ")
+    assert state._n_fed == len("It stops by the market and goes on over the bridge to the old town") and not state._waiting
+    state.close()
+
+
 def test_nothing_is_shown_before_it_was_scored(ids):
     p, detector = make(ids)
     state, shown = StreamGuard(p, Q, hold=4), 0
@@ -399,7 +425,7 @@ def test_m53_an_error_once_the_score_is_over_the_threshold_is_no_way_to_the_orig
     assert v.action == action and joined(events) == (text if on_flag == "report" else REFUSAL)
     assert v.error == (None if on_flag == "refuse" else "ZeroDivisionError")
 
-    state, text = StreamGuard(p, Q), "Use warm water and a soft cloth and vinegar "
+    state, text = StreamGuard(p, Q), "Use warm water and a soft cloth on the wet floor and vinegar "  # more than two steps: its end doesn't wait
     events = state.push(text)
     assert state._whole > 0.5 and not state._alarm  # its last word only
     events += state.expire() + state.finish()
