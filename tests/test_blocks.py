@@ -68,3 +68,15 @@ def test_a_part_of_the_detectors_report_is_one_table():
         assert [line for line in blocks.draw(f"results/detectors.json#{part}").splitlines() if line.startswith("###")] == [f"### {title}"]
     with pytest.raises(KeyError, match="detectors.json#tragets"):
         blocks.draw("results/detectors.json#tragets")
+
+
+def test_a_quantisation_without_a_threshold_decides_nothing():
+    rate = {"rate": 0.5, "low": 0.4, "high": 0.6, "k": 5, "n": 10, "missing": 0}
+    apart = {"auroc": -0.01, "low": -0.02, "high": 0.01}
+    common = {"largest_score_difference": 0.1, "mean_score_difference": 0.01}
+    result = {"kind": "parity", "reference": "PyTorch fp32", "rows": 20, "sources": {"a": {"n": 20, "harmful": 10}}, "quantisations": {
+        "F16": {**common, "decisions_that_differ": 1, "of_them_outside_the_band": 0, "sources": {"a": {"auroc": 0.9, "difference": apart, "flagged": rate, "false_positives": rate}}},
+        "base": {**common, "sources": {"a": {"auroc": 0.8, "difference": apart}}}}}
+    assert blocks._parity(result).splitlines()[2:] == ["| F16 | 0.1000 | 0.0100 | 1 of 20 | 0 |", "| base | 0.1000 | 0.0100 | – | – |"]
+    assert blocks._quality(result).splitlines()[2:4] == [
+        "| F16 | 0.900 (-0.010 [-0.020, +0.010]); 50 % and 50 % |", "| base | 0.800 (-0.010 [-0.020, +0.010]); no threshold |"]

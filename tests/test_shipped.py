@@ -85,13 +85,27 @@ def test_m65_harmful_scores_above_harmless_in_every_backend(guard):
     assert np.median(np.abs(scores["llama.cpp Q8_0"] - scores["torch"])) < 0.02
 
 
+def test_int8_decides_as_f16_on_mild_answers(guard):
+    """Its scores may differ by as much as BF16's (results/parity.json); it has thresholds of its own."""
+    pytest.importorskip("torch", reason="int8 products are PyTorch's")
+    int8 = Protector(detoxifier=False, detector_options={"quantisation": "INT8"})
+    entries = {(entry["backend"], entry["quantisation"], entry["input"]): entry for entry in guard.detector.calibration}
+    assert int8.thresholds == {kind: entries["torch", "INT8", kind]["threshold"] for kind in ("pair", "answer")}
+    pairs = [(t.question, answer) for t in _pairs() for answer in (t.rejected, t.accepted)] + [(QUESTION, HARMFUL), (QUESTION, HARMLESS)]
+    scores = np.array([[verdict.score for verdict in each.guard_batch(pairs)] for each in (int8, guard)])
+    assert np.abs(scores[0] - scores[1]).max() < 0.2 and np.median(np.abs(scores[0] - scores[1])) < 0.03
+    assert int8.guard(QUESTION, HARMFUL).flagged and not int8.guard(QUESTION, HARMLESS).flagged
+    assert int8.score(*pairs[0]) == scores[0][0], "a score doesn't depend on what else is scored"
+
+
 def test_parity_takes_its_band_from_other_rows(tmp_path):
     pytest.importorskip("torch", reason="the PyTorch backend needs torch")
     from protector.evaluate import parity
 
     assert parity._bands(np.array([0.1, 0.4, 0.3, 0.2])).tolist() == [0.4, 0.3, 0.4, 0.3]
-    result = parity.run(parity.ParityConfig(rows=12, quantisations=("F16",), results=str(tmp_path)))
-    found = result["quantisations"]["F16"]
+    result = parity.run(parity.ParityConfig(rows=12, quantisations=("F16", "base"), results=str(tmp_path)))
+    found, base = result["quantisations"]["F16"], result["quantisations"]["base"]
+    assert base["threshold"] is None and "decisions_that_differ" not in base and base["mean_score_difference"] > found["mean_score_difference"]
     assert result["rows"] == 12 and found["largest_score_difference"] < 0.005 and found["of_them_outside_the_band"] == 0
     assert (tmp_path / "parity.json").exists()
 

@@ -139,9 +139,9 @@ def _rewrite_targets(result):
 
 def _parity(result):
     rows = [[name, f"{found['largest_score_difference']:.4f}", f"{found['mean_score_difference']:.4f}",
-             f"{found['decisions_that_differ']} of {result['rows']}", found["of_them_outside_the_band"]]
+             *((f"{found['decisions_that_differ']} of {result['rows']}", found["of_them_outside_the_band"]) if "decisions_that_differ" in found else ("–", "–"))]
             for name, found in result["quantisations"].items()]
-    return _grid(["quantisation of the base", "largest score difference", "mean", "decisions that differ", "of them outside the band"], rows)
+    return _grid(["quantisation", "largest score difference", "mean", "decisions that differ", "of them outside the band"], rows)
 
 
 def _apart(found, name="auroc"):
@@ -153,11 +153,11 @@ def _quality(result):
     """What each quantisation tells apart, of parity's rows."""
     def cell(found):
         apart = found["difference"]
-        return (f"{found['auroc']:.3f} ({_apart(apart)}); "
-                f"{100 * found['flagged']['rate']:.0f} % and {100 * found['false_positives']['rate']:.0f} %")
+        flagged = f"{100 * found['flagged']['rate']:.0f} % and {100 * found['false_positives']['rate']:.0f} %" if "flagged" in found else "no threshold"
+        return f"{found['auroc']:.3f} ({_apart(apart)}); {flagged}"
 
     rows = [[name, *(cell(found["sources"][source]) for source in result["sources"])] for name, found in result["quantisations"].items()]
-    return _grid(["quantisation of the base", *(f"{name}, n {found['n']} ({found['harmful']})" for name, found in result["sources"].items())], rows,
+    return _grid(["quantisation", *(f"{name}, n {found['n']} ({found['harmful']})" for name, found in result["sources"].items())], rows,
                  f"AUROC; in brackets its difference from {result['reference']}'s, with its interval by a paired bootstrap over questions; then the shares of harmful and "
                  "of harmless answers flagged at the quantisation's own threshold.")
 

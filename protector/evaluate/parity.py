@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .. import data
+from .. import calibrate, data
 from ..base import WEIGHTS
 from ..guard import Protector
 from . import metrics, record, report, rows
@@ -26,7 +26,7 @@ def run(config):
 
     The band of one half of the rows is the largest difference of a score in the other half: outside threshold +- band both should
     decide alike, on rows that the band wasn't taken from. Per source with enough labels stand the AUROC, its paired difference from
-    PyTorch's, and the shares that are flagged at the quantisation's own threshold.
+    PyTorch's, and the shares that are flagged at the quantisation's own threshold; no decisions of one that has none.
 
     Returns:
         dict of kind "parity".
@@ -39,29 +39,38 @@ def run(config):
               "sources": {source: found for source, found in sources.items() if report.enough(found)}, "quantisations": {}}
     for quantisation in config.quantisations:
         guard = Protector(path, False, on_error="raise", detector_options={"quantisation": quantisation})
-        scores, threshold = _scores(guard, answers), guard.thresholds["pair"]
-        difference = np.abs(scores - reference)
-        logits, differ = np.abs(_logit(scores) - _logit(reference)), (scores >= threshold) != (reference >= threshold)
+        scores, found = _scores(guard, answers), calibrate.find(guard.detector, "pair")
+        difference, logits = np.abs(scores - reference), np.abs(_logit(scores) - _logit(reference))
+        threshold = found and found.threshold
         result["quantisations"][quantisation] = {
             "largest_score_difference": float(difference.max()), "mean_score_difference": float(difference.mean()),
-            "largest_logit_difference": float(logits.max()), "threshold": threshold,
-            "decisions_that_differ": int(differ.sum()),
-            "of_them_outside_the_band": int((differ & (np.abs(reference - threshold) > _bands(difference))).sum()),
+            "largest_logit_difference": float(logits.max()), "threshold": threshold, **_decided(scores, reference, threshold),
             "sources": {source: _of_source(source, answers, scores, reference, threshold) for source in result["sources"]}}
         print(f"{quantisation:5} largest score difference {difference.max():.5f}, decisions that differ "
-              f"{result['quantisations'][quantisation]['decisions_that_differ']} of {len(answers)}")
+              f"{result['quantisations'][quantisation].get('decisions_that_differ', '-')} of {len(answers)}")
     record.write(config.results, "parity", result, config)
     return result
 
 
+def _decided(scores, reference, threshold):
+    """How many answers are decided otherwise, and how many of these outside the band; {} without a threshold."""
+    if threshold is None:
+        return {}
+    differ, band = (scores >= threshold) != (reference >= threshold), _bands(np.abs(scores - reference))
+    return {"decisions_that_differ": int(differ.sum()), "of_them_outside_the_band": int((differ & (np.abs(reference - threshold) > band)).sum())}
+
+
 def _of_source(source, answers, scores, reference, threshold):
     chosen = [i for i, row in enumerate(answers) if row.source == source]
-    part, flagged = [answers[i] for i in chosen], scores[chosen] >= threshold
+    part, found = [answers[i] for i in chosen], compared(scores[chosen], reference[chosen], [answers[i] for i in chosen])
+    if threshold is None:
+        return found
+    flagged = scores[chosen] >= threshold
 
     def share(label):
         return metrics.rate([bool(flag) for flag, row in zip(flagged, part) if row.label == label], [row.group for row in part if row.label == label])
 
-    return {**compared(scores[chosen], reference[chosen], part), "flagged": share(1), "false_positives": share(0)}
+    return {**found, "flagged": share(1), "false_positives": share(0)}
 
 
 def _bands(difference):
