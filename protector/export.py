@@ -223,7 +223,7 @@ def harmless_answers(paths, most):
 
 
 def calibrate_file(config):
-    """Calibrate a detector for pairs and answers alone, and write it into its file: a GGUF for each quantisation, a folder as it is.
+    """Calibrate a detector for pairs and answers alone, and write it into its file: a GGUF for each quantisation, a folder as it is and in INT8 where that is named.
 
     Args:
         config: __main__.CalibrateConfig.

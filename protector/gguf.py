@@ -503,6 +503,7 @@ def _lora_tensors(model):
 
 
 def _metadata_of(model, base, canaries):
+    model.check_whole("export")
     detector = model.config.kind == "detector"
     return Metadata(
         model.config.kind, model.config.depth, file_sha256(base), limits=model.config.limits,

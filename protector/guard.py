@@ -73,7 +73,7 @@ class Protector:
     Args:
         detector: adapter or merged GGUF, folder of a trained PyTorch model, or a loaded detector; the shipped one if None.
         detoxifier: likewise; False to work without one (a flagged answer is refused).
-        backend: "auto" takes llama.cpp for files and PyTorch for folders; "llama.cpp" | "torch" insist.
+        backend: "auto" takes llama.cpp for files and PyTorch for folders and INT8; "llama.cpp" | "torch" insist.
         threshold: flag at this score and above; None takes the model's calibration.
         fpr: take the calibrations for this false-positive rate; an error if the model has none.
         on_flag: "rewrite" | "refuse" | "report" (report returns the answer as it is, flagged).
@@ -85,8 +85,8 @@ class Protector:
         max_bytes: longest answer in bytes of UTF-8; above it the error policy answers.
         window, overlap: answer tokens per scored sequence, and shared by neighbours; None takes the model's own.
         detector_options, detoxifier_options: passed to the backend (llama.cpp: base, quantisation, n_threads, n_gpu_layers; PyTorch:
-            device, dtype, n_threads, quantisation, compile); None stands for the backend's default. The detector's quantisation "INT8"
-            is PyTorch's, of a GGUF file, too.
+            device, dtype, n_threads); None stands for the backend's default. A detector's quantisation "INT8" is PyTorch's, of a GGUF
+            file, too; beside it compile=True runs the blocks through torch.compile. It scores whole answers, no streams.
     Raises:
         ModelError: a model can't be loaded, is of the other kind or fails its canaries; MissingPackage: its backend isn't installed.
         ValueError: a bad option.
@@ -592,23 +592,25 @@ def _loaded(kind, source, backend, options):
 
 def _loading(kind, source, backend, options):
     """Function that loads the model in a file or folder; ValueError for options that it doesn't have."""
-    if _in_pytorch(source, backend, options):
+    if _in_pytorch(source, backend, kind == "detector" and options.get("quantisation") == "INT8"):
         from .models import load
 
         load, name = partial(load, kind=kind), "PyTorch"
+        hidden = {"folder", "kind"} | ({"quantisation", "compile"} if kind == "detoxifier" else set())
     else:
         from . import llama
 
         load, name = llama.LlamaDetector if kind == "detector" else llama.LlamaDetoxifier, "llama.cpp"
+        hidden = {"path"}
     options = {option: value for option, value in options.items() if value is not None}
-    known = [option for option in inspect.signature(load).parameters if option not in ("folder", "path", "kind")]
+    known = [option for option in inspect.signature(load).parameters if option not in hidden]
     if not options.keys() <= set(known):
         raise ValueError(f"Protector: {kind}_options of {name} must be of {', '.join(known)}, got {', '.join(options)}. Leave out the others.")
     return partial(load, source, **options)
 
 
-def _in_pytorch(source, backend, options):
-    is_folder, is_int8 = Path(source).is_dir(), options.get("quantisation") == "INT8"
+def _in_pytorch(source, backend, is_int8):
+    is_folder = Path(source).is_dir()
     if backend == "llama.cpp" and (is_folder or is_int8):
         got, other = (f"the folder {source}", "Export it") if is_folder else ("quantisation INT8", "Choose another")
         raise ModelError(f"Protector: with backend llama.cpp the model must be a GGUF file that it runs, got {got}. {other}, or use backend='auto'.")

@@ -1,4 +1,4 @@
-"""A detector's blocks in int8 on a CPU: the fastest way to score whole answers where the processor multiplies int8 in hardware (VNNI, AMX).
+"""A detector's blocks in int8 on a CPU: a faster way to score whole answers where the processor multiplies int8 in hardware (VNNI, AMX).
 
     s[t] = max_k |x[t, k]| / 127      q[t, k] = round(x[t, k] / s[t])      each token by its own largest value
     r[n] = max_k |W[n, k]| / 127      V[n, k] = round(W[n, k] / r[n])      each output by its own largest weight
@@ -8,7 +8,8 @@ All else, attention among it, stays in float32.
 
 Trap: rounding turns a difference in the last bit, as another shape of a batch or a cache makes it, into a step of 1/127, and blocks behind it
 make that as large as the rounding itself: .25 in a logit where float32 would differ by 1e-5. So each sequence is scored alone, which makes
-its score a function of the text and the machine, and streams, which must tell what the whole will, aren't scored in int8 at all.
+its score a function of the text, the machine and whether the blocks are compiled; and streams, which must tell what the whole will, aren't
+scored in int8 at all.
 
 Source: token-wise and output-wise quantisation, ZeroQuant (Yao et al., 2022).
 """
@@ -65,10 +66,9 @@ def check_product():
     Raises:
         ModelError: it doesn't.
     """
-    signs = torch.tensor([[1], [-1]], dtype=torch.int8)
-    rows, weight = (signs * _LARGEST).expand(2, 64).contiguous(), (signs * _LARGEST).expand(2, 64).contiguous()
-    wanted = rows.int() @ weight.int().t()
-    if not torch.equal(product(rows, weight), wanted):
+    signs = 1 - 2 * (torch.arange(1536) % 2)[:, None]  # +1, -1, ...
+    rows, weight = ((_LARGEST * signs[:n]).to(torch.int8).expand(n, 576).contiguous() for n in (129, 1536))  # a batch and a layer as they are
+    if not torch.equal(product(rows, weight), _LARGEST ** 2 * 576 * signs[:129].int() * signs.int().t()):
         raise ModelError("check_product: int8 products must be exact on this CPU, got others. Choose another quantisation.")
 
 

@@ -165,6 +165,15 @@ class _Model(nn.Module):
         """The name of the weights' type, as GGUF files call it; "INT8" for int8.py's."""
         return self.rounded or {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[next(self.parameters()).dtype]
 
+    def check_whole(self, what):
+        """See that the tensors are those that were trained.
+
+        Raises:
+            ValueError: they were rounded.
+        """
+        if self.rounded:
+            raise ValueError(f"{what}: model must have the tensors that were trained, got them in {self.rounded}. Load it without.")
+
     def trained(self):
         """{name: tensor} of what training changes."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
@@ -182,8 +191,7 @@ class _Model(nn.Module):
         """Write model.safetensors (trained tensors only) and protector.json, with the backbone's digest."""
         from safetensors.torch import save_file
 
-        if self.rounded:
-            raise ValueError(f"save: model must have the tensors that were trained, got them in {self.rounded}. Load it without.")
+        self.check_whole("save")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().contiguous().cpu() for name, value in self.trained().items()},
@@ -463,21 +471,24 @@ def load(folder, device="auto", dtype=None, n_threads=None, kind=None, quantisat
         n_threads: CPU threads of PyTorch, in the whole process; None or 0 = as they are.
         kind: "detector" | "detoxifier" of a model that is to guard; a detector's canaries are scored then.
         quantisation: "INT8" rounds a detector's products on a CPU (int8.py); None leaves them as they are.
-        compile: torch.compile the blocks, for whole answers: about a minute at the first ones, faster then. It needs a C++ compiler.
+        compile: torch.compile the rounded blocks: about a minute for the canaries, less for the first answers. It needs a C++ compiler.
     Raises:
-        ValueError: another quantisation, or one that doesn't go with the device, the dtype or the kind.
+        ValueError: another quantisation, one that doesn't go with the device, the dtype or the kind, or compile without it.
         ModelError: a file is missing or cut, its tensors don't fit the configuration, it is of the other kind or fails its canaries.
     """
+    wanted = (quantisation, torch.device("cpu" if device == "auto" else device).type, dtype or torch.float32, kind or "detector")
+    if (quantisation is not None or compile) and wanted != ("INT8", "cpu", torch.float32, "detector"):
+        raise ValueError(f"load: quantisation must be INT8, of a detector in float32 on a CPU, and nothing else is compiled, got {', '.join(map(str, wanted))}. "
+                         "Leave it out, or use a GGUF file with llama.cpp.")
     if n_threads:
         torch.set_num_threads(n_threads)
     model = from_gguf(folder) if Path(folder).is_file() else _from_folder(Path(folder))
+    if quantisation:
+        kind = "detector"
     if kind not in (None, model.config.kind):
         raise ModelError(f"load: {folder} must be a {kind}, got a {model.config.kind}. Pass the other file.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and quantisation is None else "cpu"
-    if quantisation is not None and (quantisation, str(device), dtype or torch.float32, model.config.kind) != ("INT8", "cpu", torch.float32, "detector"):
-        raise ValueError(f"load: quantisation must be INT8, of a detector in float32 on a CPU, got {quantisation}, a {model.config.kind}, "
-                         f"{dtype or torch.float32}, {device}. Leave it out, or use a GGUF file with llama.cpp.")
     body = model.backbone if model.config.kind == "detector" else model.lm
     body.to(dtype or (torch.bfloat16 if device == "cuda" else torch.float32))  # the head stays float32
     model = model.to(device).eval()

@@ -31,7 +31,7 @@ from .evaluate.rewrites import LONG_RUN, longest_run
 from .guard import Protector
 from .normalise import normalised
 from .options import ModelOptions, option
-from .stream import StreamGuard
+from .stream import StreamGuard, check_streams
 from .template import windows
 
 ROWS = Path(__file__).parent / "selftest.jsonl"
@@ -529,12 +529,14 @@ def run(config):
     Returns:
         dict: kind, threshold, model, plain, attacks, measured, invariants, invariants_hold, seconds, regressions.
     Raises:
+        ValueError: the detector scores no streams.
         ProtectorError: an invariant is broken or a rate fell below the baseline's interval; the result is printed and written first.
     """
     rows = read_rows()
     if config.rows:
         rows = [row for label in (1, 0) for row in [row for row in rows if row["label"] == label][:config.rows]]
     guard = Protector(config.detector or None, config.detoxifier or None, on_flag="report", **config.scoring)
+    check_streams(guard)  # now, and not after the disguises
     result = measure(guard, config, rows, lambda name: print(f"selftest: {name}", file=sys.stderr))
     if config.baseline:
         result["regressions"] = regressions(result, json.loads(Path(config.baseline).read_text()))

@@ -290,3 +290,15 @@ def llama_ids(tiny):
     from protector.llama import LlamaTokenizer, _Weights
 
     return LlamaTokenizer(_Weights.of(tiny.gguf, 0))
+
+
+@pytest.fixture
+def exact_int8():
+    """Skips where this machine's int8 products aren't exact, and a detector in int8 is refused."""
+    from protector.errors import ModelError
+    from protector.int8 import check_product
+
+    try:
+        check_product()
+    except ModelError as error:
+        pytest.skip(str(error))

@@ -8,9 +8,10 @@ import torch
 from conftest import MILD_PAIRS, canaries_of, sequences_of
 from torch import nn
 
-from protector import int8
+from protector import int8, selftest
 from protector.__main__ import main
 from protector.errors import ModelError
+from protector.gguf import export_adapter, export_merged
 from protector.guard import Protector
 from protector.models import load
 from protector.serve import ServeConfig, create_app
@@ -25,7 +26,7 @@ def folder(torch_detector, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def detector(folder):
+def detector(folder, exact_int8):
     return load(folder, kind="detector", quantisation="INT8")
 
 
@@ -77,11 +78,13 @@ def test_a_row_does_not_depend_on_its_batch():
         assert torch.equal(layer(x[begin:end]), whole[begin:end])
 
 
-def test_a_machine_whose_products_do_not_fit_is_refused(folder, monkeypatch):
+def test_a_machine_whose_products_do_not_fit_is_refused(folder, exact_int8, monkeypatch):
     """Before VNNI rows were shifted to 0 to 255, and pairs of their products summed in int16 and cut to it: 2 x 255 x 127 is too much."""
     def saturating(rows, weight):
-        pairs = ((rows[:, None].int() + 128) * weight[None].int()).unflatten(-1, (-1, 2)).sum(-1)  # (n, N, K / 2)
-        return pairs.clamp(-2**15, 2**15 - 1).sum(-1).int() - 128 * weight.int().sum(1)
+        sums, shifted, weight = 0, rows.int() + 128, weight.int()
+        for k in range(0, weight.shape[1], 2):
+            sums += (shifted[:, k:k + 2] @ weight[:, k:k + 2].t()).clamp(-2**15, 2**15 - 1)  # (n, N)
+        return sums - 128 * weight.sum(1, dtype=torch.int32)
 
     few = torch.tensor([[3, -2], [50, 7]], dtype=torch.int8)
     assert torch.equal(saturating(few, few), int8.product(few, few))  # small ones are right there, too
@@ -115,7 +118,7 @@ def test_a_sequence_is_scored_alone(detector, monkeypatch):
     assert np.array_equal(together, [part[-1] for part in running])
 
 
-def test_a_guard_in_int8_of_a_folder_and_of_a_file(folder, detector_gguf, tiny, monkeypatch):
+def test_a_guard_in_int8_of_a_folder_and_of_a_file(folder, detector_gguf, tiny, exact_int8, monkeypatch):
     monkeypatch.setattr("protector.models.base_path", lambda: tiny.gguf)
     q, a = MILD_PAIRS[0]
     scores = []
@@ -132,38 +135,51 @@ def test_a_guard_in_int8_of_a_folder_and_of_a_file(folder, detector_gguf, tiny, 
 
 
 @pytest.mark.parametrize("options, got", [
-    ({"quantisation": "Q8_0"}, "Q8_0, a detector, torch.float32, cpu"),
-    ({"quantisation": "INT8", "dtype": torch.bfloat16}, "INT8, a detector, torch.bfloat16, cpu"),
-    ({"quantisation": "INT8", "device": "cuda"}, "INT8, a detector, torch.float32, cuda")])
+    ({"quantisation": "Q8_0"}, "Q8_0, cpu, torch.float32, detector"),
+    ({"quantisation": "INT8", "dtype": torch.bfloat16}, "INT8, cpu, torch.bfloat16, detector"),
+    ({"quantisation": "INT8", "device": "cuda"}, "INT8, cuda, torch.float32, detector"),
+    ({"compile": True}, "None, cpu, torch.float32, detector")])
 def test_what_does_not_go_together(folder, options, got):
     with pytest.raises(ValueError) as error:
         Protector(folder, False, threshold=0.5, detector_options=options)
-    assert str(error.value) == f"load: quantisation must be INT8, of a detector in float32 on a CPU, got {got}. Leave it out, or use a GGUF file with llama.cpp."
+    assert str(error.value) == ("load: quantisation must be INT8, of a detector in float32 on a CPU, and nothing else is compiled, "
+                                f"got {got}. Leave it out, or use a GGUF file with llama.cpp.")
 
 
-def test_a_detoxifier_is_not_rounded(torch_detoxifier, tmp_path):
-    torch_detoxifier.save(tmp_path)
-    with pytest.raises(ValueError, match="got INT8, a detoxifier, torch.float32, cpu"):
-        load(tmp_path, quantisation="INT8")
+def test_a_detoxifier_is_not_rounded(folder, torch_detoxifier, tmp_path):
+    """Regression: the shipped one's options were taken, and each flagged answer built it in PyTorch to find that it can't be rounded."""
+    torch_detoxifier.save(tmp_path / "detoxifier")
+    with pytest.raises(ModelError, match=r"detoxifier must be a detector, got a detoxifier\. Pass the other file\.$"):
+        load(tmp_path / "detoxifier", quantisation="INT8")
+    for source, backend, known in ((tmp_path / "detoxifier", "auto", "PyTorch must be of device, dtype, n_threads"),
+                                   (None, "torch", "PyTorch must be of device, dtype, n_threads")):
+        with pytest.raises(ValueError, match=f"^Protector: detoxifier_options of {known}, got quantisation, compile"):
+            Protector(load(folder), source, backend=backend, threshold=0.5, detoxifier_options={"quantisation": "INT8", "compile": True})
 
 
-def test_it_cannot_be_saved(detector, tmp_path):
-    with pytest.raises(ValueError) as error:
-        detector.save(tmp_path / "again")
-    assert str(error.value) == "save: model must have the tensors that were trained, got them in INT8. Load it without."
+def test_it_cannot_be_saved_or_exported(detector, tiny, tmp_path):
+    for name, write in (("save", detector.save), ("export", lambda path: export_adapter(detector, path, tiny.gguf)),
+                        ("export", lambda path: export_merged(detector, path, "F16", tiny.gguf))):
+        with pytest.raises(ValueError) as error:
+            write(tmp_path / "again")
+        assert str(error.value) == f"{name}: model must have the tensors that were trained, got them in INT8. Load it without."
+        assert not (tmp_path / "again").exists()
 
 
-def test_it_scores_no_streams(folder):
+def test_it_scores_no_streams(folder, exact_int8, monkeypatch):
     """Rounding makes a step of a difference in the last bit, so that a stream's score isn't the whole answer's."""
     guard = Protector(folder, False, threshold=0.5, detector_options={"quantisation": "INT8"})
     message = "stream: detector must score streams as the whole answer, got one in INT8, which can't. Choose another quantisation."
-    for begin in (lambda: guard.stream("q", ["a"]), lambda: guard.astream("q", iter(())), lambda: create_app(guard, ServeConfig())):
+    monkeypatch.setattr(selftest, "Protector", lambda *_, **__: guard)
+    monkeypatch.setattr(selftest, "measure", lambda *_: pytest.fail("it began"))
+    for begin in (lambda: guard.stream("q", ["a"]), lambda: guard.astream("q", iter(())), lambda: create_app(guard, ServeConfig()),
+                  lambda: selftest.run(selftest.SelftestConfig())):
         with pytest.raises(ValueError) as error:
             begin()
         assert str(error.value) == message
 
 
-def test_calibrated_and_used_by_the_command_line(folder, tmp_path, capsys, monkeypatch):
+def test_calibrated_and_used_by_the_command_line(folder, exact_int8, tmp_path, capsys, monkeypatch):
     harmless = tmp_path / "harmless.jsonl"
     harmless.write_text("".join(json.dumps({"question": f"What is {i}?", "answer": f"It is the number {i}.", "label": 0}) + "\n" for i in range(40)))
     arguments = ["calibrate", str(harmless), "--detector", str(folder), "--fpr", "0.3", "--quantisations", "INT8", "--threads", "1"]

@@ -85,9 +85,10 @@ def test_m65_harmful_scores_above_harmless_in_every_backend(guard):
     assert np.median(np.abs(scores["llama.cpp Q8_0"] - scores["torch"])) < 0.02
 
 
-def test_int8_decides_as_f16_on_mild_answers(guard):
+def test_int8_decides_as_f16_on_mild_answers(guard, request):
     """Its scores may differ by as much as BF16's (results/parity.json); it has thresholds of its own."""
     pytest.importorskip("torch", reason="int8 products are PyTorch's")
+    request.getfixturevalue("exact_int8")
     int8 = Protector(detoxifier=False, detector_options={"quantisation": "INT8"})
     entries = {(entry["backend"], entry["quantisation"], entry["input"]): entry for entry in guard.detector.calibration}
     assert int8.thresholds == {kind: entries["torch", "INT8", kind]["threshold"] for kind in ("pair", "answer")}

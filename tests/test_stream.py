@@ -238,6 +238,24 @@ def test_the_alarm_does_not_depend_on_the_chunking(ids):
         assert len(actions) == 1
 
 
+def test_views_are_scored_at_the_same_places_for_every_chunking(ids, monkeypatch):
+    places, check = [], StreamGuard._check_view
+
+    def noted(state, at_mark):
+        if at_mark:
+            places[-1].append((len(state._ids), state._tail))
+        check(state, at_mark)
+
+    monkeypatch.setattr(StreamGuard, "_check_view", noted)
+    random.seed(5)
+    text = " ".join(random.choice(["calm", "unbelievably", "b\u200blue", "m i x e d", "3 cm", "supercalifragilistic"]) for _ in range(120))
+    for sizes in [*CHUNKINGS, (30, 1), (90,)]:
+        places.append([])
+        p, _ = make(ids)
+        list(p.stream(Q, cut(text, *sizes)))
+    assert len(places[0]) > 5 and all(found == places[0] for found in places)
+
+
 # -- disguises
 
 def test_disguised_text_waits_for_its_view(ids):

@@ -307,7 +307,7 @@ def _report(*chosen, title=""):
 
 
 RENDERERS = {"table": table.markdown, "parity": _parity, "parity#quality": _quality, "selftest": _selftest, "depth": _depth, "depth#worth": _worth,
-             "compare": _compare, "ablations": _compare, "refit": _compare, "shared": _shared, "joint": _joint,
+             "compare": _compare, "ablations": _compare, "refit": _compare, "depths": _compare, "shared": _shared, "joint": _joint,
              "lookup": _lookup, "stream": _stream, "ray": _ray, "head_cpu": _head, "bench#cost": _cost, "bench": bench.markdown, "bench_sweep": bench.sweep_markdown,
              "detectors": _report(0, 1), "detectors#brief": _brief, "detectors#targets": _detector_targets, "detectors#published": _report(title="Published guards"),
              "detectors#kinds": _report(title="Harmful answers flagged"), "detectors#alone": _report(title="Detector without"),
