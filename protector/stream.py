@@ -40,7 +40,7 @@ from .template import well_formed
 
 logger = logging.getLogger("protector")
 # Scored in one step, while more text comes, if no part between two safe cuts has more; the last step takes what there is. llama.cpp's product on a
-# CPU takes up to six tokens at once: 6 take 1.8 times as long as one, and 8 take 2.9 times.
+# CPU takes up to six tokens at once: on an EPYC 6 take twice as long as one, and 8 two and a half to three times.
 STEP_TOKENS = 6
 VIEW_TOKENS = 32  # a disguised stream's normalised view is scored at the step's end at which so many tokens have come
 VIEW_CHARS = 1024  # of the text before these tokens are read with them, at most
