@@ -483,10 +483,9 @@ def load(folder, device="auto", dtype=None, n_threads=None, kind=None, quantisat
     if n_threads:
         torch.set_num_threads(n_threads)
     model = from_gguf(folder) if Path(folder).is_file() else _from_folder(Path(folder))
-    if quantisation:
-        kind = "detector"
-    if kind not in (None, model.config.kind):
-        raise ModelError(f"load: {folder} must be a {kind}, got a {model.config.kind}. Pass the other file.")
+    needed = "detector" if quantisation else kind
+    if needed not in (None, model.config.kind):
+        raise ModelError(f"load: {folder} must be a {needed}, got a {model.config.kind}. Pass the other file.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and quantisation is None else "cpu"
     body = model.backbone if model.config.kind == "detector" else model.lm
