@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass, field
 
 from .errors import ProtectorError
-from .guard import _checked
+from .guard import HOLD_TOKENS, _checked
 from .normalise import normalised
 from .stream import StreamGuard, _deadline
 
@@ -580,7 +580,7 @@ class ChatStream:
         check: called between the guard's steps, as a deadline is; raises to stop them.
     """
 
-    def __init__(self, protector, request, hold=8, check=None):
+    def __init__(self, protector, request, hold=HOLD_TOKENS, check=None):
         self.protector, self.request, self.hold, self.check = protector, request, hold, check
         self.choices, self.dropped, self._fields, self._out = {}, set(), {}, []
         self._usage, self._has_usage = {}, False  # the latest, and whether one was sent

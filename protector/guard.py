@@ -37,6 +37,7 @@ MAX_BYTES = 256 * 1024  # an answer above this isn't tokenised: the error policy
 _TOKEN_CHARS = 64  # of a question and of earlier turns, n tokens are looked for in the last 64 n characters
 _ASK_S = 0.01  # between two looks at the deadline while the detoxifier loads
 REWRITE_BAR = 0.75  # of the threshold; by grades a stricter bar lets fewer harmful rewrites out, and fewer harmless ones (model card)
+HOLD_TOKENS = 11  # of a stream, scored and still held back; by the self-test 8 let a harmful word out in 15 of 37 cases, 11 in 9, 14 in 8
 _COPIED = 24  # half words in a row that a rewrite may not keep: most rewrites with such a run carry the harm on
 _SHORT = 24  # letters of an original that may stand whole in its rewrite: "Yes."
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai, Lao, Burmese, Khmer, kana, Han
@@ -444,13 +445,13 @@ class Protector:
 
         return safe_cut(self.detector.template)
 
-    def stream(self, q, chunks, history=None, hold=8):
+    def stream(self, q, chunks, history=None, hold=HOLD_TOKENS):
         """Guard an answer while it is written; see stream.py."""
         from .stream import stream
 
         return stream(self, q, chunks, history, hold)
 
-    def astream(self, q, chunks, history=None, hold=8):
+    def astream(self, q, chunks, history=None, hold=HOLD_TOKENS):
         """stream() for an async iterator of chunks."""
         from .stream import astream
 

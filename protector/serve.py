@@ -35,7 +35,7 @@ from starlette.routing import Route
 
 from .chat import BadRequest, ChatStream, EventReader, UpstreamError, guard_completion, read_request
 from .errors import DeadlineExceeded, ProtectorError
-from .guard import _checked
+from .guard import HOLD_TOKENS, _checked
 from .options import ModelOptions, option, protector_from
 from .stream import _deadline, check_streams
 
@@ -66,7 +66,7 @@ class ServeConfig(ModelOptions):
     on_flag: str = option("rewrite", "rewrite, refuse or report")
     on_error: str = option("refuse", "refuse (a 200 with the refusal) or raise (a 503)")
     deadline_ms: float = option(0.0, "for guarding one answer, a streamed one from its first token on; 0 = none but answer_s")
-    hold: int = option(8, "scored tokens of a stream that are still held back")
+    hold: int = option(HOLD_TOKENS, "scored tokens of a stream that are still held back")
     streams: int = option(8, "choices that stream at one time; more wait")
     requests: int = option(64, "requests under way or waiting; more get 429")
     max_body_bytes: int = option(32 << 20, "largest request, images included")

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from .errors import DeadlineExceeded, ModelError
-from .guard import Verdict, _check_length, _checked, _describe, _finite, _sigmoid, _TooLong, _views
+from .guard import HOLD_TOKENS, Verdict, _check_length, _checked, _describe, _finite, _sigmoid, _TooLong, _views
 from .normalise import normalised, turns
 from .running import LOOK_BACK, LOOK_MARGIN, Running
 from .template import well_formed
@@ -114,7 +114,7 @@ class StreamGuard:
     were scored while it was written, in fragment_tokens.
     """
 
-    def __init__(self, protector, q, history=None, hold=8, check=None):
+    def __init__(self, protector, q, history=None, hold=HOLD_TOKENS, check=None):
         if not isinstance(hold, int) or hold < 0:
             raise ValueError(f"stream: hold must be an int >= 0, got {hold!r}.")
         check_streams(protector)
@@ -503,7 +503,7 @@ class StreamGuard:
         return list(events)
 
 
-def stream(protector, q, chunks, history=None, hold=8):
+def stream(protector, q, chunks, history=None, hold=HOLD_TOKENS):
     """Guard an iterator of text chunks.
 
     Args:
@@ -532,7 +532,7 @@ def _events(state, chunks):
             chunks.close()
 
 
-def astream(protector, q, chunks, history=None, hold=8):
+def astream(protector, q, chunks, history=None, hold=HOLD_TOKENS):
     """stream() for an async iterator of chunks; scoring runs in a thread, so the event loop goes on.
 
     A deadline also ends the wait for a chunk that never comes; under on_error="pass" the guard is out of the way then, and waits on.

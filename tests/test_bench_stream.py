@@ -40,10 +40,10 @@ def test_the_wait_is_the_longest_of_an_answers_ends_and_a_view_adds_a_pass(llama
 
 
 def test_tokens_that_are_written_and_not_shown_when_text_is_let_out(llama_detector, tiny, monkeypatch):
-    """Each token is a word of five characters. With steps of 6 and 8 held, the nth step's end lets out what lies 8 tokens behind it.
+    """Each token is a word of five characters. With steps of 6 and 11 held, the nth step's end lets out what lies 11 tokens behind it.
 
-    A word's end is only seen at the next word's beginning: step n is scored at token 6 n + 1. The first lets out nothing, the second four of
-    13 that were written; each later one lets out 6, and before it 8 held, 6 of its step and the word in the making weren't shown: 15.
+    A word's end is only seen at the next word's beginning: step n is scored at token 6 n + 1. The first lets out nothing, the second one of
+    13 that were written; each later one lets out 6, and before it 11 held, 6 of its step and the word in the making weren't shown: 18.
     """
     monkeypatch.setattr(bench, "SETTLE_S", 0)
     guard = Protector(llama_detector, False, threshold=1.0, on_flag="report")
@@ -51,7 +51,7 @@ def test_tokens_that_are_written_and_not_shown_when_text_is_let_out(llama_detect
     monkeypatch.setattr(bench_stream, "base_path", lambda: tiny.gguf)
     monkeypatch.setattr(guard.detector.tokenizer, "decode", lambda ids: " tram")
     found = bench_stream.generation(guard, bench_stream.Sizes(answer=60), 2, 1)["held_tokens"]
-    assert bench_stream.STEP_TOKENS == 6 and found == {"median": 15.0, "largest": 15.0}  # 13, then 15 seven times
+    assert bench_stream.STEP_TOKENS == 6 and found == {"median": 18.0, "largest": 18.0}  # 13, then 18 seven times
     few = bench_stream.generation(guard, bench_stream.Sizes(answer=5), 2, 1)["held_tokens"]
     assert np.isnan([few["median"], few["largest"]]).all(), "nothing was let out"
 

@@ -9,7 +9,7 @@ from serve_fakes import MARKER, FakeDetector, FakeDetoxifier, completion
 
 from protector.chat import UpstreamError
 from protector.guard import Protector
-from protector.stream import STEP_TOKENS
+from protector.stream import HOLD_TOKENS, STEP_TOKENS
 
 HARMFUL = f"Here is how it goes. You can mix {MARKER} in a closed bucket and wait for the gas."
 SAFE = "Water boils at a lower temperature on a mountain, so pasta needs more time there."
@@ -483,7 +483,7 @@ def test_transformers_stops_at_the_alarm(generate, protector):
     ids = generate(stop, [text])
     written = _Bytes().decode(ids[0])
     end = text.index(MARKER) + len(MARKER)
-    assert text.startswith(written) and end <= len(written) <= end + 8 + STEP_TOKENS  # the alarm needs a word's end, and a step's
+    assert text.startswith(written) and end <= len(written) <= end + HOLD_TOKENS + STEP_TOKENS  # the alarm needs a word's end, and a step's
     verdict = stop.verdicts()[0]
     assert verdict.action == "refuse" and verdict.text == protector.refusal and protector.detector.n_cursors == 0
 

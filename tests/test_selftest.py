@@ -139,11 +139,11 @@ def test_s42_what_a_stream_leaks_by_hand(result):
     def row(answer, label=1):
         return {"question": "q", "answer": answer, "label": label, "language": "en", "style": "plain"}
 
-    rows = [row("vinegar and that is all there is to say about it, my friend."), row("one two three four five six seven " * 2 + "vinegar, my friend."),
+    rows = [row("vinegar and that is all there is to say about it, my friend."), row("one two three four five six " * 3 + "vinegar, my friend."),
             row("one two three four five six seven " * 20 + "and then, at last"), row("A bicycle, my dear friend, has two wheels.", 0), row("A pond.", 0)]
     guard = Protector(Reader(), False, threshold=0.5, on_flag="report")
     found = measured(selftest.stream_rates(guard, selftest.SelftestConfig(), rows, {id(row): 0.9 for row in rows}))
-    # The second: 9 to 14 tokens were scored in whole steps before its word, 8 of which are still held.
+    # The second: 13 to 18 tokens were scored in whole steps before its word, 11 of which are still held.
     assert found == {"a stream is stopped or its end is held back": (2, 3), "an alarm comes before the harm": (0, 3), "an alarm in a harmless stream": (1, 2),
                      "no harmful token is shown": (1, 3), "at most 8 harmful tokens are shown": (2, 3), "at most 32 harmful tokens are shown": (2, 3),
                      "at most 128 harmful tokens are shown": (2, 3)}

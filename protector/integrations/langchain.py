@@ -11,6 +11,7 @@ from langchain_core.runnables.config import var_child_runnable_config
 
 from .. import _shared
 from ..chat import BadRequest, ChatRequest, ChatStream, guard_completion, read_request
+from ..guard import HOLD_TOKENS
 
 _ROLE = {"role": "assistant"}
 
@@ -34,7 +35,7 @@ class Guarded(Runnable):
         hold: scored tokens of a stream that are still held back.
     """
 
-    def __init__(self, runnable, protector=None, question=None, hold=8):
+    def __init__(self, runnable, protector=None, question=None, hold=HOLD_TOKENS):
         self.runnable, self._protector, self.question, self.hold = runnable, protector, question, hold
 
     def invoke(self, input, config=None, **kwargs):

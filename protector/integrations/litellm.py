@@ -15,6 +15,7 @@ from litellm.types.utils import ModelResponseStream
 
 from .. import _shared
 from ..chat import ChatStream, UpstreamError, guard_completion, read_request
+from ..guard import HOLD_TOKENS
 
 MAX_CHOICES = 128  # OpenAI's own limit
 
@@ -28,7 +29,7 @@ class ProtectorGuardrail(CustomGuardrail):
         options: of CustomGuardrail, as LiteLLM passes them.
     """
 
-    def __init__(self, protector=None, hold=8, **options):
+    def __init__(self, protector=None, hold=HOLD_TOKENS, **options):
         options.setdefault("guardrail_name", "protector")
         options.setdefault("event_hook", GuardrailEventHooks.post_call)
         options.setdefault("supported_event_hooks", [GuardrailEventHooks.post_call])
