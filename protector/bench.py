@@ -401,7 +401,7 @@ def _in_int8(detector, plain, rounds, sizes):
             model = plain.int8(compiles)
             model.logits([_ids(detector, n)[0] for n in sizes.prefill])  # compiles
         except Exception as error:  # a compiler's failure is a finding here, of whatever kind
-            print(f"bench: {title} isn't measured: {type(error).__name__}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            print(f"bench: {title} isn't measured: {_failure(error)}", file=sys.stderr)
             continue
         for n in sizes.prefill:
             ids, start = _ids(detector, n)
@@ -411,6 +411,11 @@ def _in_int8(detector, plain, rounds, sizes):
     return rows
 
 
+def _failure(error):
+    """An exception in one line, cut."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def _compiled(functions, sizes, work):
     """Do the work, which compiles, and add it to the functions; why there is no compiled number, {} where there is."""
     if not sizes.compiled:
@@ -418,7 +423,7 @@ def _compiled(functions, sizes, work):
     try:
         work()
     except Exception as error:  # a compiler's failure is a finding here, of whatever kind
-        return {"compiled": f"torch.compile failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return {"compiled": f"torch.compile failed with {_failure(error)}"}
     functions["compiled"] = work
     return {}
 

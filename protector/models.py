@@ -174,6 +174,11 @@ class _Model(nn.Module):
         if self.rounded:
             raise ValueError(f"{what}: model must have the tensors that were trained, got them in {self.rounded}. Load it without.")
 
+    def compile_blocks(self):
+        """torch.compile for any length, one by one: the others run what the first was compiled to."""
+        for layer in self.blocks.layers:
+            layer.compile(dynamic=True)
+
     def trained(self):
         """{name: tensor} of what training changes."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
@@ -493,9 +498,8 @@ def load(folder, device="auto", dtype=None, n_threads=None, kind=None, quantisat
     model = model.to(device).eval()
     if quantisation:
         model.to_int8()
-    if compile:  # one by one: the others run what the first was compiled to
-        for layer in model.blocks.layers:
-            layer.compile(dynamic=True)
+    if compile:
+        model.compile_blocks()
     if kind == "detector":
         check_canaries(model)
     return model

@@ -274,9 +274,8 @@ def train(config, progress=True):
                               Limits(window=config.window, rewrite_tokens=config.rewrite_tokens))).to(device).train()
     if config.init:
         _start_from(model, config.init)
-    if config.compile:  # one by one: the others run what the first was compiled to
-        for layer in model.blocks.layers:
-            layer.compile(dynamic=True)
+    if config.compile:
+        model.compile_blocks()
     out = Path(config.out)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,8 @@ def _decided(scores, reference, threshold):
 
 def _of_source(source, answers, scores, reference, threshold):
     chosen = [i for i, row in enumerate(answers) if row.source == source]
-    part, found = [answers[i] for i in chosen], compared(scores[chosen], reference[chosen], [answers[i] for i in chosen])
+    part = [answers[i] for i in chosen]
+    found = compared(scores[chosen], reference[chosen], part)
     if threshold is None:
         return found
     flagged = scores[chosen] >= threshold
